@@ -1,0 +1,31 @@
+"""PyTorch modules and optimizers as pure functions over pytrees, and meta-gradients in one line."""
+
+from . import errors, optim, typing
+from ._adapt import Adapted, adapt
+from ._adapt_tasks import adapt_tasks
+from ._gradient import FirstOrder, Unroll
+from ._stateless import Stateless, load_, stateless
+from ._tasks import over_tasks
+from ._tree import combine, partition, tree_copy, tree_stack, tree_unstack
+
+__all__ = [
+    "Adapted",
+    "FirstOrder",
+    "Stateless",
+    "Unroll",
+    "adapt",
+    "adapt_tasks",
+    "combine",
+    "errors",
+    "load_",
+    "optim",
+    "over_tasks",
+    "partition",
+    "stateless",
+    "tree_copy",
+    "tree_stack",
+    "tree_unstack",
+    "typing",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,198 @@
+"""`adapt`: the inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._functions import transforming
+from ._gradient import Gradient, Unroll, value_and_grad
+from ._tree import require_floating, tree_leaves, tree_map
+from .errors import HyperparameterError, LossError
+from .optim import Optimizer
+from .typing import Batch, GradTransform, Loss, Tree
+
+__all__ = ["Adapted", "adapt"]
+
+
+class Adapted(NamedTuple):
+    """What an inner loop returns.
+
+    Attributes:
+        params: the parameters after the last step.
+        opt_state: the optimizer's state; pass it to another `adapt` to go on where this one stopped.
+        losses: ``(steps,)``, the loss before each update.
+        carry: what the last loss returned beside its value, or None.
+    """
+
+    params: Any
+    opt_state: Any
+    losses: Tensor
+    carry: Any
+
+
+def adapt(
+    loss: Loss,
+    params: Tree,
+    batch: Batch,
+    *,
+    optimizer: Optimizer,
+    steps: int,
+    gradient: Gradient = Unroll(),  # noqa: B008
+    opt_state: Any = None,
+    carry: Any = None,
+    grad_transform: GradTransform | None = None,
+) -> Adapted:
+    """Take `steps` of an optimizer on a loss, differentiably.
+
+    Args:
+        loss: ``loss(params, batch) -> scalar``; with a carry ``loss(params, carry, batch) -> (scalar, carry)``.
+        params: the initial parameters, any tree of floating-point tensors.
+        batch: a tree that each step uses, or a callable ``batch(step, params)`` of the step's number and the current
+            parameters (detached), called exactly once for each step, in order.
+        optimizer: what `optim.sgd` and its like return.
+        steps: how many updates; none is fine.
+        gradient: how the meta-gradient is obtained: `Unroll()`, `FirstOrder()`.
+        opt_state: the state to start from; None means ``optimizer.init(params)``.
+        carry: a tree that goes from step to step through the loss: buffers, a hidden state.
+        grad_transform: gradients in, gradients out (clipping), before each update.
+
+    Returns:
+        ``Adapted(params, opt_state, losses, carry)``, connected to everything that the loss reads. Under
+        `torch.no_grad` nothing is recorded, and memory does not grow with the steps.
+
+    Raises:
+        LossError: the loss is not one real number.
+        DtypeError: a parameter is not a floating-point tensor.
+        StatelessifyError: whatever the optimizer refuses; all before the first update.
+
+    Example:
+        >>> import torch
+        >>> from statelessify import adapt, optim
+        >>> start = {"w": torch.zeros(2, requires_grad=True)}
+        >>> fit = lambda params, target: ((params["w"] - target) ** 2).sum()
+        >>> adapted = adapt(fit, start, torch.ones(2), optimizer=optim.sgd(lr=0.25), steps=2)
+        >>> adapted.params["w"].tolist(), adapted.losses.tolist()
+        ([0.75, 0.75], [2.0, 0.5])
+    """
+    check_loop(optimizer, steps)
+    require_floating(params, "params")
+    with outside_inference() as own:
+        params, batch, opt_state, carry = own(params), own(batch), own(opt_state), own(carry)
+        state = (params, optimizer.init(params) if opt_state is None else opt_state, carry)
+        if steps == 0:
+            return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
+
+        def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
+            params, opt_state, carry = state
+            call = scalar_loss(loss, carry is not None)
+            value, carry, grads = value_and_grad(lambda p: call(p, carry, batch), params, differentiable)
+            if grad_transform is not None:
+                grads = grad_transform(grads)
+            params, opt_state = optimizer.step(params, grads, opt_state)
+            return (params, opt_state, carry), value
+
+        def batch_at(index: int, state: Any) -> Any:
+            return own(batch(index, detached(state[0]))) if callable(batch) else batch
+
+        # A copy of each parameter that autograd can tell from the original: the loss may read the original as well.
+        state = (apart(params), *state[1:])
+        (params, opt_state, carry), losses = gradient.run(step, state, batch_at, steps)
+        return Adapted(params, opt_state, torch.stack(losses), carry)
+
+
+# What `adapt` and `adapt_tasks` share ------------------------------------------------------------------------------
+
+
+def check_loop(optimizer: Any, steps: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise HyperparameterError(
+            f"`optimizer` is {type(optimizer).__name__}, not an `optim.Optimizer`; write `optim.sgd(lr=...)`, or "
+            "`optim.Optimizer(init, step)`"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise HyperparameterError(f"`steps={steps!r}` is not a number of steps; write an integer, 0 or more")
+
+
+def loss_options(params: Any) -> Any:
+    """The dtype and device of losses where there is no step to take them from."""
+    leaves = tree_leaves(params)
+    if not leaves:
+        return {}
+    return {"dtype": leaves[0].real.dtype if leaves[0].is_complex() else leaves[0].dtype, "device": leaves[0].device}
+
+
+def apart(params: Any) -> Any:
+    """The parameters as tensors of their own, in the same graph and storage."""
+    return params if transforming() else tree_map(lambda p: p.view_as(p) if p.requires_grad else p, params)
+
+
+def detached(params: Any) -> Any:
+    return tree_map(lambda p: p.detach(), params)
+
+
+def scalar_loss(loss: Loss, with_carry: bool) -> Callable[[Any, Any, Any], tuple[Tensor, Any]]:
+    """The loss in one form, ``(params, carry, batch) -> (scalar, carry)``, its value checked."""
+
+    def call(params: Any, carry: Any, batch: Any) -> tuple[Tensor, Any]:
+        if with_carry:
+            out = loss(params, carry, batch)
+            if not isinstance(out, tuple) or len(out) != 2:  # pyright: ignore[reportUnknownArgumentType]
+                raise LossError(
+                    f"with `carry=` the loss returns a pair `(value, carry)`, not {_kind(out)}; return both, or leave "
+                    "`carry` out"
+                )
+            value, carry = out  # pyright: ignore[reportUnknownVariableType]
+        else:
+            value, carry = loss(params, batch), None
+        check_scalar(value)
+        return value, carry  # pyright: ignore[reportUnknownVariableType]
+
+    return call
+
+
+def check_scalar(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        hint = "pass `carry=` where it returns more than the value" if isinstance(value, tuple) else "return a tensor"
+        raise LossError(f"the loss returned {_kind(value)}, not a scalar tensor; {hint}")
+    if value.ndim != 0:
+        raise LossError(
+            f"the loss of one task is a tensor of shape {tuple(value.shape)}, not a scalar; reduce it, for instance with "
+            "`.mean()`"
+        )
+    if not value.is_floating_point():
+        raise LossError(
+            f"the loss is a {value.dtype} number, which has no gradient here; return a real floating-point one"
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+class outside_inference(AbstractContextManager[Callable[[Any], Any]]):
+    """Leaves inference mode, in which no inner gradient can be taken; nothing is recorded all the same.
+
+    It gives a function that copies inference tensors, which autograd refuses, to ordinary ones.
+    """
+
+    def __enter__(self) -> Callable[[Any], Any]:
+        self._stack = ExitStack()
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return lambda tree: tree
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(torch.no_grad())
+        return lambda tree: tree if callable(tree) else tree_map(_ordinary, tree)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+
+def _ordinary(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -1,0 +1,126 @@
+"""How a meta-gradient is obtained: the objects that `gradient=` takes, and the inner gradient that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._functions import transforming
+from ._tree import tree_flatten, tree_map, tree_unflatten
+
+__all__ = ["FirstOrder", "Unroll"]
+
+Step = Callable[[Any, Any, bool], tuple[Any, Tensor]]
+"""``step(state, batch, differentiable) -> (state, loss)``: one inner update."""
+
+BatchAt = Callable[[int, Any], Any]
+"""``batch_at(index, state)``: the batch of a step; called once for each, in order."""
+
+
+class Gradient(Protocol):
+    """A way to differentiate an inner loop: it is handed the loop's step."""
+
+    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]: ...
+
+
+def _loop(step: Step, state: Any, batch_at: BatchAt, steps: int, differentiable: bool) -> tuple[Any, list[Tensor]]:
+    losses: list[Tensor] = []
+    for index in range(steps):
+        state, value = step(state, batch_at(index, state), differentiable)
+        losses.append(value)
+    return state, losses
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """The exact meta-gradient: differentiate through every inner step.
+
+    It reaches the initial parameters, every hyperparameter, and whatever the loss reads: from its batch, its carry or
+    its closure. Memory grows with the number of steps.
+
+    Source: Maclaurin et al., Gradient-based hyperparameter optimization through reversible learning (ICML 2015);
+    Finn et al., Model-agnostic meta-learning (ICML 2017).
+    """
+
+    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]:
+        return _loop(step, state, batch_at, steps, differentiable=True)
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Inner gradients are constants: no second derivatives, and one step's memory.
+
+    Initial parameters keep an identity path and hyperparameters are reached; what only shapes the inner gradient (a
+    learned loss) is not. `Adapted.losses` are values.
+
+    Source: Finn et al., Model-agnostic meta-learning (ICML 2017), section 5.2.
+    """
+
+    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]:
+        return _loop(step, state, batch_at, steps, differentiable=False)
+
+
+Evaluate = Callable[[Any], tuple[Tensor, Any]]
+"""``evaluate(params) -> (values, aux)``; the gradient is that of ``values.sum()``."""
+
+
+def value_and_grad(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+    """``(values, aux, grads)`` of a function of `params`, whose gradient is taken of the sum of its values.
+
+    In eager code by `torch.autograd.grad`, inside any transform and under dynamo by `torch.func.grad`: the former fails
+    inside vmap, under jvp, for constants and in one graph; the latter costs more. A parameter that is not reached has
+    gradient zero either way. Where nothing is recorded, neither values nor `aux` nor gradients have a graph.
+    """
+    return (_functional if transforming() else _eager)(evaluate, params, differentiable)
+
+
+def _eager(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+    recording = torch.is_grad_enabled()
+    leaves, spec = tree_flatten(params)
+    with torch.enable_grad():
+        inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
+        values, aux = evaluate(tree_unflatten(spec, inputs))
+        total = values.sum()
+        aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
+        create = recording and differentiable
+        if total.requires_grad and inputs:
+            found = torch.autograd.grad(
+                total, inputs, create_graph=create, retain_graph=create or aux_needs_graph, allow_unused=True
+            )
+        else:
+            found = (None,) * len(inputs)
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
+    if not recording:
+        aux = tree_map(_detached, aux)
+    return values if create else values.detach(), aux, tree_unflatten(spec, grads)
+
+
+def _functional(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+    leaves, spec = tree_flatten(params)
+    aside: list[Any] = []
+
+    def summed(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        values, aux = evaluate(tree_unflatten(spec, inputs))
+        parts, aux_spec = tree_flatten(aux)
+        aside.append(([None if isinstance(t, Tensor) else t for t in parts], aux_spec))
+        return values.sum(), (values, *(t for t in parts if isinstance(t, Tensor)))
+
+    if leaves:
+        found, (values, *tensors) = torch.func.grad(summed, argnums=tuple(range(len(leaves))), has_aux=True)(*leaves)
+    else:
+        found, (_, (values, *tensors)) = (), summed()
+    parts, aux_spec = aside[-1]
+    remaining = iter(tensors)
+    aux = tree_unflatten(aux_spec, [next(remaining) if t is None else t for t in parts])
+    grads = tree_unflatten(spec, found)
+    if differentiable:
+        return values, aux, grads
+    return values.detach(), aux, tree_map(_detached, grads)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

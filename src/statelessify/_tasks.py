@@ -1,0 +1,337 @@
+"""`over_tasks`: a function of one task becomes a function of many."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
+from torch.func import vmap
+
+from ._functions import elementary_norms, norms_for_transforms
+from ._tree import (
+    TreeSpec,
+    broadcast_prefix,
+    same_static,
+    stack_leaves,
+    tree_flatten,
+    tree_names,
+    tree_unflatten,
+    warn_once,
+)
+from ._words import nearest
+from .errors import StatelessifyError, TaskError, TreeError, VmapError
+from .typing import Backend, InDims, Randomness
+
+__all__ = ["over_tasks"]
+
+
+class Tasks(NamedTuple):
+    """A tree of which some leaves have a leading task dimension (`mapped`), and the others are shared."""
+
+    leaves: list[Any]
+    mapped: list[bool]
+    spec: TreeSpec
+
+    @property
+    def tree(self) -> Any:
+        return tree_unflatten(self.spec, self.leaves)
+
+    def expanded(self, tasks: int) -> Any:
+        """The tree with each tensor as ``(tasks, ...)``."""
+        return tree_unflatten(self.spec, [_expand(*pair, tasks) for pair in zip(self.leaves, self.mapped, strict=True)])
+
+
+def _expand(leaf: Any, mapped: bool, tasks: int) -> Any:
+    return leaf.expand(tasks, *leaf.shape) if isinstance(leaf, Tensor) and not mapped else leaf
+
+
+def shared(tree: Any) -> Tasks:
+    """A tree that all tasks share."""
+    leaves, spec = tree_flatten(tree)
+    return Tasks(leaves, [False] * len(leaves), spec)
+
+
+def per_task(tree: Any) -> Tasks:
+    """A tree in which each tensor is ``(tasks, ...)``."""
+    leaves, spec = tree_flatten(tree)
+    return Tasks(leaves, [isinstance(leaf, Tensor) for leaf in leaves], spec)
+
+
+def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
+    """Read `in_dims` as vmap does, and move each task dimension to the front."""
+    leaves, spec = tree_flatten(tree)
+    try:
+        dims = broadcast_prefix(in_dims, tree)
+    except ValueError:
+        raise TreeError(
+            f"`in_dims={in_dims!r}` does not fit the structure of the {what}; write one integer or None for each "
+            "argument, or a nesting that mirrors it"
+        ) from None
+    moved: list[Any] = []
+    for name, leaf, dim in zip(tree_names(tree), leaves, dims, strict=True):
+        if dim is None or not isinstance(leaf, Tensor):
+            moved.append(leaf)
+            continue
+        if not isinstance(dim, int) or not -leaf.ndim <= dim < leaf.ndim:
+            raise TaskError(
+                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{name}`, whose shape is "
+                f"{tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
+            )
+        moved.append(leaf.movedim(dim, 0))
+    mapped = [dim is not None and isinstance(leaf, Tensor) for leaf, dim in zip(leaves, dims, strict=True)]
+    return Tasks(moved, mapped, spec)
+
+
+def count_tasks(**trees: Tasks) -> int | None:
+    """The common leading dimension of all mapped leaves; None where there is none.
+
+    Raises:
+        TaskError: the leading dimensions differ, or are zero.
+    """
+    quick = {leaf.shape[0] for each in trees.values() for leaf, m in zip(each.leaves, each.mapped, strict=True) if m}
+    if len(quick) == 1 and 0 not in quick:
+        return quick.pop()
+    sizes: dict[str, int] = {}
+    for what, tasks in trees.items():
+        for name, leaf, mapped in zip(tree_names(tasks.tree), tasks.leaves, tasks.mapped, strict=True):
+            if mapped:
+                sizes[f"{what}.{name}" if name else what] = leaf.shape[0]
+    if len(set(sizes.values())) > 1:
+        raise TaskError(
+            f"the leading dimensions differ: {', '.join(f'`{k}` has {v}' for k, v in sizes.items())}; "
+            "each tensor that is not shared needs one entry per task"
+        )
+    found = next(iter(sizes.values()), None)
+    if found == 0:
+        raise TaskError(f"there are zero tasks: the leading dimension of `{next(iter(sizes))}` is 0; pass at least one")
+    return found
+
+
+def check_choices(backend: str, randomness: str) -> None:
+    for name, value, choices in (
+        ("backend", backend, ("auto", "vmap", "loop")),
+        ("randomness", randomness, ("different", "same", "error")),
+    ):
+        if value not in choices:
+            raise TaskError(f"`{name}={value!r}` is not one of {choices}{nearest(str(value), choices)}")
+
+
+def over_tasks(
+    fn: Callable[..., Any],
+    *,
+    in_dims: InDims = (None, 0, ...),
+    chunk_size: int | None = None,
+    randomness: Randomness = "different",
+    backend: Backend = "auto",
+) -> Callable[..., Any]:
+    """Map a function of one task over many: ``fn(params, batch)`` becomes a function of ``(tasks, ...)`` batches.
+
+    Args:
+        fn: any function of trees that returns a tree. It is written for one task.
+        in_dims: where each positional argument has its tasks, as in `torch.vmap`; None shares it. ``...`` repeats
+            the entry before it, so the default shares the first argument and maps all others along dimension 0.
+            Keyword arguments are shared, and so are leaves that are not tensors.
+        chunk_size: at most so many tasks at once, for less memory. None: all.
+        randomness: whether tasks draw ``"different"`` random numbers or the ``"same"``; ``"error"`` forbids them.
+        backend: ``"vmap"``, ``"loop"``, or ``"auto"``: the loop for one task, else vmap, and where torch has no batching
+            rule the loop, with one warning. The numbers are the same.
+
+    Returns:
+        A function with the arguments of `fn`, in whose result each tensor is ``(tasks, ...)``.
+
+    Raises:
+        TaskError: leading dimensions differ, there are zero tasks, or no argument is mapped.
+        TreeError: results that are not tensors differ between tasks.
+        VmapError: ``backend="vmap"``, and torch cannot batch `fn`.
+
+    Example:
+        >>> from statelessify import over_tasks
+        >>> over_tasks(lambda w, x: (w * x).sum())(torch.ones(3), torch.ones(5, 3)).shape
+        torch.Size([5])
+    """
+    check_choices(backend, randomness)
+    check_chunk(chunk_size)
+
+    @wraps(fn, updated=())
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        tasks = as_tasks(args, _repeated(in_dims, len(args)), "arguments")
+        count = count_tasks(args=tasks)
+        if count is None:
+            raise TaskError(
+                f"no argument is mapped over tasks: `in_dims={in_dims!r}` shares all {len(args)}; "
+                "write `in_dims=0` to map the first one"
+            )
+        call = partial(fn, **kwargs) if kwargs else fn
+        return Mapper(count, backend, randomness, chunk_size)(call, tasks, fn).expanded(count)
+
+    return mapped
+
+
+def check_chunk(chunk_size: int | None) -> None:
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):  # pyright: ignore
+        raise TaskError(f"`chunk_size={chunk_size!r}` is not a number of tasks; write a positive integer, or None")
+
+
+def _repeated(in_dims: InDims, count: int) -> Any:
+    """`in_dims` with its ``...`` written out for `count` arguments."""
+    if isinstance(in_dims, list):
+        in_dims = tuple(cast("list[Any]", in_dims))
+    if not isinstance(in_dims, tuple):
+        return in_dims
+    entries = cast("tuple[Any, ...]", in_dims)
+    if entries and entries[-1] is ...:
+        body = entries[:-1]
+        entries = (body + (body[-1],) * (count - len(body)))[:count]
+    if len(entries) != count:
+        raise TaskError(f"`in_dims={in_dims!r}` has {len(entries)} entries for {count} positional arguments")
+    return entries
+
+
+_warned: set[Any] = set()
+
+
+class Mapper:
+    """How the tasks of one run are mapped: the same choice for each of its functions and steps.
+
+    Once torch has refused to batch a function, the run stays with the loop.
+    """
+
+    def __init__(
+        self, tasks: int, backend: Backend = "auto", randomness: Randomness = "different", chunk_size: int | None = None
+    ) -> None:
+        check_choices(backend, randomness)
+        check_chunk(chunk_size)
+        self.tasks, self.randomness, self.chunk_size = tasks, randomness, chunk_size
+        self._loops = backend == "loop" or (backend == "auto" and tasks == 1)
+        self._falls_back = backend == "auto"
+
+    def __call__(self, fn: Callable[..., Any], args: Tasks, source: Callable[..., Any] | None = None) -> Tasks:
+        """``fn(*args)`` for each task; `source` is the user's function, for messages."""
+        count = next((leaf.shape[0] for leaf, m in zip(args.leaves, args.mapped, strict=True) if m), self.tasks)
+        if self._loops:
+            return _loop(fn, args, count, self.randomness)
+        if torch.compiler.is_compiling():
+            return _vmap(fn, args, self.chunk_size, self.randomness)
+        before = _random_state()
+        try:
+            return _vmap(fn, args, self.chunk_size, self.randomness)
+        except StatelessifyError:
+            raise
+        except Exception as error:
+            if self.randomness == "error":
+                raise
+            _set_random_state(before)
+            result = _loop(fn, args, count, self.randomness)  # if it raises too, its error is the one that helps
+            blamed, reason = _blame(error, source or fn), _first_line(error)
+            if not self._falls_back:
+                raise VmapError(
+                    f"torch.vmap cannot batch {blamed}: {reason}; "
+                    'write `backend="loop"`, or "auto" to take the loop where it is needed'
+                ) from error
+            self._loops = True
+            warn_once(
+                getattr(source or fn, "__code__", None) or id(source or fn),
+                f"torch.vmap cannot batch {blamed} ({reason}); its tasks run in a loop instead, with the same numbers. "
+                'Write `backend="loop"` to silence this',
+                _warned,
+            )
+            return result
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _blame(error: BaseException, fn: Callable[..., Any]) -> str:
+    """The innermost module, else the function, whose code was running when torch gave up."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("statelessify."):
+            name = type(owner).__name__
+    return f"`{name}`"
+
+
+def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomness: Randomness) -> Tasks:
+    """One `torch.vmap` over the mapped leaves; everything that is not a tensor travels beside it."""
+    inputs = [leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True) if mapped]
+    aside: list[tuple[list[Any], list[bool], TreeSpec]] = []
+
+    def one_task(*values: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(values)
+        leaves = [next(remaining) if mapped else leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True)]
+        with elementary_norms():
+            out = fn(*tree_unflatten(args.spec, leaves))
+        results, spec = tree_flatten(out)
+        mapped = [_per_task_result(leaf) for leaf in results]
+        aside.append(([None if m else leaf for leaf, m in zip(results, mapped, strict=True)], mapped, spec))
+        return tuple(leaf for leaf, m in zip(results, mapped, strict=True) if m)
+
+    outputs = iter(vmap(one_task, randomness=randomness, chunk_size=chunk_size)(*inputs))
+    leaves, mapped, spec = aside[0]
+    names = tree_names(tree_unflatten(spec, [0] * len(leaves))) if len(aside) > 1 else [""] * len(leaves)
+    for chunk, _, other in aside[1:]:
+        if other != spec:
+            raise TreeError("the function returned different structures for different chunks of tasks")
+        for name, a, b in zip(names, leaves, chunk, strict=True):
+            _check_agree(name, a, b)
+    return Tasks([next(outputs) if m else leaf for leaf, m in zip(leaves, mapped, strict=True)], list(mapped), spec)
+
+
+def _check_agree(name: str, a: Any, b: Any) -> None:
+    if not isinstance(a, Tensor) and not same_static(a, b):
+        raise TreeError(f"result `{name}` is not a tensor and differs between tasks: {a!r} and {b!r}; return a tensor")
+
+
+def _per_task_result(leaf: Any) -> bool:
+    """Integer tensors that stayed shared inside (counters) stay shared; every other tensor gets a task dimension."""
+    if not isinstance(leaf, Tensor):
+        return False
+    if leaf.is_floating_point() or leaf.is_complex():
+        return True
+    return is_batchedtensor(leaf) and (torch.compiler.is_compiling() or maybe_get_level(leaf) == current_level())
+
+
+def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomness) -> Tasks:
+    columns = [
+        leaf.unbind(0) if mapped else [leaf] * count for leaf, mapped in zip(args.leaves, args.mapped, strict=True)
+    ]
+    state = _random_state() if randomness == "same" else None
+    rows: list[list[Any]] = []
+    spec: TreeSpec | None = None
+    names: list[str] = []
+    for index in range(count):
+        if state is not None:
+            _set_random_state(state)
+        with norms_for_transforms():
+            out = fn(*tree_unflatten(args.spec, [column[index] for column in columns]))
+        row, other = tree_flatten(out)
+        if spec is None:
+            spec, names = other, tree_names(out)
+        elif other != spec:
+            raise TreeError(f"task {index} returned another structure than task 0: {other} and {spec}")
+        rows.append(row)
+    assert spec is not None
+    if count == 1:
+        stacked = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in rows[0]]
+    else:
+        stacked = [stack_leaves(name, column) for name, column in zip(names, zip(*rows, strict=True), strict=True)]
+    return Tasks(stacked, [isinstance(leaf, Tensor) for leaf in stacked], spec)
+
+
+def _random_state() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

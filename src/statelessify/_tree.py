@@ -1,0 +1,367 @@
+"""Trees of tensors. The only file that knows optree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import optree
+import torch
+from torch import Tensor
+
+from . import _traced_tree
+from ._traced_tree import TracedSpec
+from ._words import listed, nearest
+from .errors import DtypeError, NamesError, PolicyError, ShapeError, TaskError, TreeError
+from .typing import Policy, Tree
+
+__all__ = ["combine", "partition", "tree_copy", "tree_stack", "tree_unstack"]
+
+TreeSpec = optree.PyTreeSpec | TracedSpec
+IsLeaf = Callable[[Any], bool] | None
+
+
+def tree_flatten(tree: Tree, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:
+    if torch.compiler.is_compiling():
+        return _traced_tree.flatten(tree, is_leaf)
+    leaves, spec = optree.tree_flatten(tree, is_leaf)
+    return cast("list[Any]", leaves), spec
+
+
+def tree_unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
+    if isinstance(spec, TracedSpec):
+        return _traced_tree.unflatten(spec, leaves)
+    return optree.tree_unflatten(spec, leaves)
+
+
+def tree_leaves(tree: Tree, is_leaf: IsLeaf = None) -> list[Any]:
+    return tree_flatten(tree, is_leaf)[0]
+
+
+def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
+    if torch.compiler.is_compiling():
+        return _traced_tree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
+    return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
+
+
+def tree_names(tree: Tree, is_leaf: IsLeaf = None) -> list[str]:
+    """The dotted name of each leaf, in the order of `tree_flatten`: ``{"a": {"b": x}}`` has ``["a.b"]``."""
+    if torch.compiler.is_compiling():
+        return _traced_tree.names(tree, is_leaf)
+    return [".".join(map(str, path)) for path in optree.tree_paths(tree, is_leaf)]
+
+
+class _Box:
+    """A leaf around one entry of a prefix: None is a leaf there (a shared argument), and nothing in a tree of tensors."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def broadcast_prefix(prefix: Tree, tree: Tree) -> list[Any]:
+    """The leaves of `prefix` (None is one), each repeated for every leaf of `tree` below it."""
+    if torch.compiler.is_compiling():
+        return _traced_tree.broadcast_prefix(prefix, tree)
+    found: list[Any] = []
+
+    def at(box: _Box, subtree: Any) -> None:
+        found.extend([box.value] * len(tree_leaves(subtree)))
+
+    optree.tree_map_(at, optree.tree_map(_Box, prefix, none_is_leaf=True), tree)
+    return found
+
+
+def first_difference(spec: TreeSpec, other: TreeSpec) -> str:
+    """Words for how two structures differ, by the names that only one of them has."""
+    if isinstance(spec, TracedSpec) or isinstance(other, TracedSpec):
+        return f"{spec} and {other}"
+    ours = [".".join(map(str, path)) for path in spec.paths()]
+    theirs = [".".join(map(str, path)) for path in other.paths()]
+    only_ours = [name for name in ours if name not in set(theirs)]
+    only_theirs = [name for name in theirs if name not in set(ours)]
+    if only_ours or only_theirs:
+        return f"only the first has {listed(only_ours)}, only the second has {listed(only_theirs)}"
+    return f"the containers differ: {spec} and {other}"
+
+
+# Copies ------------------------------------------------------------------------------------------------------------
+
+
+def _target_dtype(leaf: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None or not (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf.dtype
+    if leaf.is_complex() and not dtype.is_complex:
+        return dtype.to_complex()
+    return dtype
+
+
+def tree_copy(
+    tree: Tree,
+    policy: Policy,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tree:
+    """Copy a tree of tensors, and move it in the same pass.
+
+    Args:
+        tree: any tree; leaves that are not tensors pass through.
+        policy: ``"alias"``: the same objects. ``"clone"``: own storage, connected to the source's graph.
+            ``"detach"``: new leaves in own storage, with the ``requires_grad`` of their source.
+        device: where the copies live; None keeps each leaf's device.
+        dtype: the dtype of floating-point leaves (complex ones get its complex partner); integer leaves stay.
+
+    Returns:
+        A tree of the same structure. A tensor that stands in two places is copied once. Copies are plain
+        tensors, never `torch.nn.Parameter`.
+
+    Raises:
+        PolicyError: the policy is unknown, or it is ``"alias"`` and a leaf would have to be copied.
+
+    Example:
+        >>> from statelessify import tree_copy
+        >>> tree_copy({"w": torch.ones(2)}, "detach", dtype=torch.float64)["w"].dtype
+        torch.float64
+    """
+    if policy not in ("alias", "clone", "detach"):
+        raise PolicyError(
+            f"`policy={policy!r}` is not a copy policy{nearest(str(policy), ('alias', 'clone', 'detach'))}; "
+            'write "alias", "clone" or "detach"'
+        )
+    target = None if device is None else torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+    done: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in done:
+            return done[id(leaf)]
+        where, what = target or leaf.device, _target_dtype(leaf, dtype)
+        moves = where != leaf.device or what != leaf.dtype
+        if policy == "alias":
+            if moves:
+                raise PolicyError(
+                    f'`"alias"` keeps the very same tensors, so it cannot move a {leaf.dtype} tensor on '
+                    f'{leaf.device} to {what} on {where}; write "clone" (same graph) or "detach" (new leaves), '
+                    "or move the module first"
+                )
+            new = leaf
+        else:
+            source = leaf.detach() if policy == "detach" else leaf
+            new = source.to(where, what) if moves else source.clone()
+            if type(new) is torch.nn.Parameter:
+                new = new.as_subclass(Tensor)
+            if policy == "detach":
+                new.requires_grad_(leaf.requires_grad)
+        done[id(leaf)] = new
+        return new
+
+    return tree_map(copy, tree)
+
+
+# Stacks ------------------------------------------------------------------------------------------------------------
+
+
+def tree_stack(trees: Iterable[Tree]) -> Tree:
+    """Stack trees of one structure along a new first dimension: ``[(...), ...] -> (len(trees), ...)``.
+
+    Raises:
+        TaskError: there is nothing to stack.
+        TreeError: the structures differ, or leaves that are not tensors do.
+        ShapeError: tensors under one name differ in shape.
+
+    Example:
+        >>> from statelessify import tree_stack
+        >>> tree_stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
+        torch.Size([2, 3])
+    """
+    trees = list(trees)
+    if not trees:
+        raise TaskError("`tree_stack` was given no trees; it needs at least one")
+    first, spec = tree_flatten(trees[0])
+    columns: list[list[Any]] = [[leaf] for leaf in first]
+    for index, tree in enumerate(trees[1:], start=1):
+        leaves, other = tree_flatten(tree)
+        if other != spec:
+            raise TreeError(f"tree 0 and tree {index} have different structures: {first_difference(spec, other)}")
+        for column, leaf in zip(columns, leaves, strict=True):
+            column.append(leaf)
+    names = tree_names(trees[0])
+    return tree_unflatten(spec, [stack_leaves(name, column) for name, column in zip(names, columns, strict=True)])
+
+
+def stack_leaves(name: str, leaves: Sequence[Any]) -> Any:
+    """One leaf of `tree_stack`: tensors are stacked, anything else must agree."""
+    if isinstance(leaves[0], Tensor):
+        shapes = {tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves}
+        if len(shapes) > 1:
+            raise ShapeError(f"leaf `{name}` has different shapes in different trees: {sorted(map(str, shapes))}")
+        return torch.stack(tuple(leaves))
+    for leaf in leaves[1:]:
+        if not same_static(leaf, leaves[0]):
+            raise TreeError(
+                f"leaf `{name}` is not a tensor and differs between trees: {leaves[0]!r} and {leaf!r}; "
+                "make it a tensor, or the same everywhere"
+            )
+    return leaves[0]
+
+
+def same_static(a: Any, b: Any) -> bool:
+    """Whether two leaves that are not tensors are one value."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    try:
+        return type(a) is type(b) and bool(a == b or (a != a and b != b))
+    except (TypeError, ValueError, RuntimeError):  # values without a truth value are not comparable
+        return False
+
+
+def tree_unstack(tree: Tree) -> list[Tree]:
+    """The inverse of `tree_stack`: a list of trees, one per entry of the leaves' common first dimension.
+
+    Raises:
+        TaskError: there is no tensor, or the first dimensions differ.
+
+    Example:
+        >>> from statelessify import tree_unstack
+        >>> [t["w"].item() for t in tree_unstack({"w": torch.tensor([1.0, 2.0])})]
+        [1.0, 2.0]
+    """
+    leaves, spec = tree_flatten(tree)
+    sizes = {
+        name: leaf.shape[0] if leaf.ndim else None
+        for name, leaf in zip(tree_names(tree), leaves, strict=True)
+        if isinstance(leaf, Tensor)
+    }
+    if not sizes:
+        raise TaskError("`tree_unstack` was given a tree without tensors; there is no dimension to unstack")
+    if len(set(sizes.values())) > 1 or None in sizes.values():
+        raise TaskError(f"the leaves have no common first dimension: {sizes}; stack them with `tree_stack` first")
+    count = cast("int", next(iter(sizes.values())))
+    columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else [leaf] * count for leaf in leaves]
+    return [tree_unflatten(spec, [column[index] for column in columns]) for index in range(count)]
+
+
+# Names -------------------------------------------------------------------------------------------------------------
+
+
+def glob_matches(patterns: Iterable[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """The patterns that each name matches; a pattern that matches nothing is an error.
+
+    An exact name is a pattern as well, also where it holds characters that mean something in a glob.
+    """
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for pattern in patterns:
+        if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise NamesError(f"`{pattern!r}` is not a name or a glob; write a string such as 'head.*'")
+        hits = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not hits:
+            raise NamesError(f"`{pattern}` matches no name{nearest(pattern, names)}; the names are {listed(names)}")
+        for name in hits:
+            found[name].append(pattern)
+    return found
+
+
+def partition(
+    params: Tree, select: str | Iterable[str] | Callable[[str, Tensor], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a dict of tensors in two by name: what an inner loop adapts, and what it does not.
+
+    Args:
+        params: a dict of tensors, or of dicts of tensors.
+        select: globs over dotted names (``"head.*"``, or several of them), or a predicate ``(name, tensor)``.
+
+    Returns:
+        ``(selected, rest)``: two dicts with the same tensors, in their order; `combine` undoes it.
+
+    Raises:
+        NamesError: a glob matches nothing.
+        TreeError: `params` nests something other than dicts.
+
+    Example:
+        >>> from statelessify import partition
+        >>> head, body = partition({"body.w": torch.ones(1), "head.w": torch.ones(2)}, "head.*")
+        >>> list(head), list(body)
+        (['head.w'], ['body.w'])
+    """
+    flat = dict(_walk_dict(params, ""))
+    if callable(select):
+        chosen = {name for name, leaf in flat.items() if select(name, leaf)}
+    else:
+        patterns = [select] if isinstance(select, str) else list(select)
+        chosen = {name for name, hits in glob_matches(patterns, list(flat)).items() if hits}
+    return _filter_dict(params, "", chosen, True), _filter_dict(params, "", chosen, False)
+
+
+def _walk_dict(node: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        raise TreeError(f"`partition` and `combine` take dicts of tensors, not {type(node).__name__}")
+    for key, value in cast("dict[Any, Any]", node).items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _walk_dict(value, f"{prefix}{key}.")
+
+
+def _filter_dict(node: dict[Any, Any], prefix: str, chosen: set[str], keep: bool) -> dict[Any, Any]:
+    kept: dict[Any, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Tensor):
+            if (f"{prefix}{key}" in chosen) is keep:
+                kept[key] = value
+        elif below := _filter_dict(value, f"{prefix}{key}.", chosen, keep):
+            kept[key] = below
+    return kept
+
+
+def combine(*trees: Tree) -> dict[str, Any]:
+    """Put dicts of tensors with different names together again: ``combine(*partition(p, "head.*"))`` holds what `p` does.
+
+    Raises:
+        NamesError: two of them hold the same name.
+
+    Example:
+        >>> from statelessify import combine
+        >>> sorted(combine({"a": torch.ones(1)}, {"b": torch.ones(1)}))
+        ['a', 'b']
+    """
+    combined: dict[str, Any] = {}
+    for tree in trees:
+        list(_walk_dict(tree, ""))  # refuses anything but dicts of tensors
+        _merge_into(combined, tree, "")
+    return combined
+
+
+def _merge_into(target: dict[Any, Any], source: dict[Any, Any], prefix: str) -> None:
+    for key, value in source.items():
+        if key not in target:
+            target[key] = value if isinstance(value, Tensor) else dict(value)
+        elif isinstance(value, Tensor) or isinstance(target[key], Tensor):
+            raise NamesError(f"`{prefix}{key}` stands in more than one of the trees; give each name once")
+        else:
+            target[key] = dict(target[key])
+            _merge_into(target[key], value, f"{prefix}{key}.")
+
+
+def require_floating(tree: Tree, what: str) -> None:
+    """Refuse a tree with a leaf that cannot have a gradient."""
+    for name, leaf in zip(tree_names(tree), tree_leaves(tree), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise DtypeError(f"{what} `{name}` is {type(leaf).__name__}, not a tensor; `{what}` is a tree of tensors")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise DtypeError(
+                f"{what} `{name}` is an integer tensor ({leaf.dtype}), which has no gradient; "
+                "cast it to a floating dtype, or pass it in the batch or the buffers"
+            )
+
+
+def warn_once(key: Any, message: str, seen: set[Any]) -> None:
+    """Warn the first time that `key` is met; `seen` remembers."""
+    if key not in seen:
+        seen.add(key)
+        warnings.warn(message, stacklevel=4)

@@ -1,0 +1,99 @@
+"""Every error that statelessify raises on purpose.
+
+    StatelessifyError
+     ├── NamesError (KeyError)                   unknown, missing, doubled or unmatched tensor names
+     ├── ShapeError (ValueError)                 a tensor of the wrong shape
+     ├── DtypeError (TypeError)                  a leaf that is no tensor, or of a dtype that cannot be trained
+     ├── TreeError (ValueError)                  trees whose structures differ
+     ├── PolicyError (ValueError)                an unknown copy policy, or ``"alias"`` with a move that copies
+     ├── ModuleError (TypeError)                 a module that has no pure form
+     │    └── LazyModuleError (also ValueError)  a lazy module that has not seen its first input
+     ├── MutationError (RuntimeError)            a module that writes into its own parameters
+     ├── TaskError (ValueError)                  tasks that do not line up
+     │    └── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
+     ├── LossError (ValueError)                  a loss that is not one real number per task
+     └── HyperparameterError (ValueError)        a value that no optimizer can use
+          └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
+
+Each is also the built-in that a caller would expect, so ``except ValueError`` goes on working. Each says what is
+wrong, what was given, and what to write instead.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DtypeError",
+    "HyperparameterError",
+    "HyperparameterNameError",
+    "LazyModuleError",
+    "LossError",
+    "ModuleError",
+    "MutationError",
+    "NamesError",
+    "PolicyError",
+    "ShapeError",
+    "StatelessifyError",
+    "TaskError",
+    "TreeError",
+    "VmapError",
+]
+
+
+class StatelessifyError(Exception):
+    """The base of all errors that this library raises on purpose."""
+
+    def __str__(self) -> str:
+        # `KeyError` would print the repr of the message.
+        return Exception.__str__(self)
+
+
+class NamesError(StatelessifyError, KeyError):
+    """A name, or a glob over names, that does not fit the tensors it is meant for."""
+
+
+class ShapeError(StatelessifyError, ValueError):
+    """A tensor whose shape is not the one that the module or the parameter has."""
+
+
+class DtypeError(StatelessifyError, TypeError):
+    """A leaf that is not a tensor, or a tensor of a dtype that has no gradient."""
+
+
+class TreeError(StatelessifyError, ValueError):
+    """Trees whose structures differ where they must agree."""
+
+
+class PolicyError(StatelessifyError, ValueError):
+    """A copy policy that does not exist, or that the requested move contradicts."""
+
+
+class ModuleError(StatelessifyError, TypeError):
+    """A module that cannot be made a pure function; the message says which one, and what to pass instead."""
+
+
+class LazyModuleError(ModuleError, ValueError):
+    """A lazy module whose shapes are not known yet."""
+
+
+class MutationError(StatelessifyError, RuntimeError):
+    """A module that writes in place into tensors which the caller owns."""
+
+
+class TaskError(StatelessifyError, ValueError):
+    """Task trees without a common number of tasks."""
+
+
+class VmapError(TaskError, RuntimeError):
+    """A function that torch cannot batch, where the caller insisted on ``backend="vmap"``."""
+
+
+class LossError(StatelessifyError, ValueError):
+    """A loss that is not one real floating-point number per task."""
+
+
+class HyperparameterError(StatelessifyError, ValueError):
+    """A hyperparameter outside its range, or of a shape that does not fit the parameter."""
+
+
+class HyperparameterNameError(HyperparameterError, TypeError):
+    """A hyperparameter that the optimizer does not have."""
