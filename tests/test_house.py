@@ -55,12 +55,13 @@ LEVELS = {
     name: level
     for level, names in enumerate(
         [
-            "errors typing",
-            "_tree",
-            "_skeleton _rules _functions",
-            "_stateless _tasks _checkpoint optim implicit",
-            "_gradient",
+            "errors typing _words _traced_tree",
+            "_tree _partition _structure",
+            "_skeleton _rules _functions _task_trees",
+            "_apply _tasks _checkpoint optim implicit",
+            "_stateless _gradient",
             "_adapt explain",
+            "_adapt_tasks",
             "compat testing distributed",
             "__init__",
         ]

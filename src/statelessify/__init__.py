@@ -4,9 +4,10 @@ from . import errors, optim, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
 from ._gradient import FirstOrder, Unroll
+from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
 from ._tasks import over_tasks
-from ._tree import combine, partition, tree_copy, tree_stack, tree_unstack
+from ._tree import tree_copy, tree_stack, tree_unstack
 
 __all__ = [
     "Adapted",

@@ -161,8 +161,8 @@ def check_scalar(value: Any) -> None:
         raise LossError(f"the loss returned {_kind(value)}, not a scalar tensor; {hint}")
     if value.ndim != 0:
         raise LossError(
-            f"the loss of one task is a tensor of shape {tuple(value.shape)}, not a scalar; reduce it, for instance with "
-            "`.mean()`"
+            f"the loss of one task is a tensor of shape {tuple(value.shape)}, not a scalar; reduce it, for instance "
+            "with `.mean()`"
         )
     if not value.is_floating_point():
         raise LossError(

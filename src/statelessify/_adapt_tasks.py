@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, detached, loss_options, outside_inference, scalar_loss
 from ._gradient import Gradient, Unroll, value_and_grad
-from ._tasks import Mapper, Tasks, as_tasks, count_tasks, per_task, shared
+from ._task_trees import Mark, Tasks, as_tasks, count_tasks, from_marks, joined, marked, per_task, shared, sliced
+from ._tasks import Mapper
 from ._tree import require_floating, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .errors import TaskError
 from .optim import Optimizer, OptState
@@ -43,7 +44,8 @@ def adapt_tasks(
     """`adapt` for many tasks at once; everything is written for one task.
 
     Args:
-        loss: ``loss(params, batch) -> scalar`` of one task; with a carry ``loss(params, carry, batch) -> (scalar, carry)``.
+        loss: ``loss(params, batch) -> scalar`` of one task; with a carry
+            ``loss(params, carry, batch) -> (scalar, carry)``.
         params: the initial parameters, shared by all tasks unless `in_dims` says otherwise.
         batches: a tree with leaves ``(tasks, ...)`` that each step uses, or a callable ``batches(step, params)`` that
             returns one, called exactly once for each step, in order, with all tasks' current parameters
@@ -154,7 +156,7 @@ class _Run(NamedTuple):
         mapped: list[list[bool]] = []
 
         def evaluate(params: Any) -> tuple[Tensor, Any]:
-            out = self.mapper(call, _joined(per_task(params), carry, batch), self.loss)
+            out = self.mapper(call, joined(per_task(params), carry, batch), self.loss)
             mapped.append(out.mapped[1:])
             return out.tree
 
@@ -169,7 +171,7 @@ class _Run(NamedTuple):
         for start in range(0, self.mapper.tasks, size):
             here = slice(start, start + size)
             params = tree_map(lambda p, here=here: p[here], state.params)
-            parts.append(self._gradient(params, _sliced(state.carry, here), _sliced(batch, here), differentiable))
+            parts.append(self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable))
         carries = [carry for _, carry, _ in parts]
         leaves = [
             torch.cat(column) if mapped else column[0]
@@ -184,28 +186,28 @@ class _Run(NamedTuple):
         original = None
         if isinstance(state, OptState) and has(tuple(state.hyperparameters.values()), callable):
             # A schedule sees the plain step where all tasks share it, and may return one value per task.
-            marked = _marked(opt_state)
-            if not marked.step.mapped:
-                original = marked.hyperparameters
+            marks = marked(opt_state)
+            if not marks.step.mapped:
+                original = marks.hyperparameters
                 now = {name: at_step(spec, state.step) for name, spec in state.hyperparameters.items()}
-                flags = tree_map(lambda leaf: _Mark(leaf, False), now)
-                opt_state = _unwrapped(_from_marks(marked._replace(hyperparameters=flags)))
+                flags = tree_map(lambda leaf: Mark(leaf, False), now)
+                opt_state = _unwrapped(from_marks(marks._replace(hyperparameters=flags)))
         done = self._update_all(params, grads, opt_state) if self.optimizer.elementwise else None
         if done is None:
-            joined = _joined(per_task(params), per_task(grads), opt_state)
-            out = _marked(self.mapper(self.optimizer.step, joined, self.optimizer.step))
-            done = tree_map(lambda mark: mark.leaf, out[0]), _from_marks(out[1])
+            args = joined(per_task(params), per_task(grads), opt_state)
+            out = marked(self.mapper(self.optimizer.step, args, self.optimizer.step))
+            done = tree_map(lambda mark: mark.leaf, out[0]), from_marks(out[1])
         new_params, new_state = done
         if original is not None:
-            new_state = _from_marks(_marked(new_state)._replace(hyperparameters=original))
+            new_state = from_marks(marked(new_state)._replace(hyperparameters=original))
         return new_params, new_state
 
     def _update_all(self, params: Any, grads: Any, opt_state: Tasks) -> tuple[Any, Tasks] | None:
         """One call for all tasks; None unless everything is either shared or exactly like a parameter."""
-        marked = _marked(opt_state)
+        marks = marked(opt_state)
         shapes = [leaf.shape for leaf in tree_leaves(params)]
-        if not isinstance(marked, OptState) or any(
-            m.mapped for m in tree_leaves((marked.step, marked.hyperparameters))
+        if not isinstance(marks, OptState) or any(
+            m.mapped for m in tree_leaves((marks.step, marks.hyperparameters))
         ):
             return None
         state = opt_state.tree
@@ -214,9 +216,9 @@ class _Run(NamedTuple):
         new_params, new_state = self.optimizer.step(params, grads, state)
         if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
             return None
-        common = tree_map(lambda leaf: _Mark(leaf, False), new_state._replace(slots={}))
-        slots = tree_map(lambda leaf: _Mark(leaf, isinstance(leaf, Tensor)), new_state.slots)
-        return new_params, _from_marks(common._replace(slots=slots))
+        common = tree_map(lambda leaf: Mark(leaf, False), new_state._replace(slots={}))
+        slots = tree_map(lambda leaf: Mark(leaf, isinstance(leaf, Tensor)), new_state.slots)
+        return new_params, from_marks(common._replace(slots=slots))
 
 
 def _like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
@@ -226,25 +228,7 @@ def _like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
     )
 
 
-# States with shared and per-task leaves ----------------------------------------------------------------------------
-
-
-class _Mark:
-    """A leaf, and whether it has a task dimension."""
-
-    __slots__ = ("leaf", "mapped")
-
-    def __init__(self, leaf: Any, mapped: bool) -> None:
-        self.leaf, self.mapped = leaf, mapped
-
-
-def _marked(tasks: Tasks) -> Any:
-    return tree_unflatten(tasks.spec, [_Mark(*pair) for pair in zip(tasks.leaves, tasks.mapped, strict=True)])
-
-
-def _from_marks(tree: Any) -> Tasks:
-    marks, spec = tree_flatten(tree)
-    return Tasks([mark.leaf for mark in marks], [mark.mapped for mark in marks], spec)
+# The optimizer's state ------------------------------------------------------------------------------------------
 
 
 def _unwrapped(tasks: Tasks) -> Tasks:
@@ -252,22 +236,10 @@ def _unwrapped(tasks: Tasks) -> Tasks:
     if not any(isinstance(leaf, PerTask) for leaf in tasks.leaves):
         return tasks
     marks = [
-        tree_map(lambda t: _Mark(t, True), leaf.tree) if isinstance(leaf, PerTask) else _Mark(leaf, mapped)
+        tree_map(lambda t: Mark(t, True), leaf.tree) if isinstance(leaf, PerTask) else Mark(leaf, mapped)
         for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
     ]
-    return _from_marks(tree_unflatten(tasks.spec, marks))
-
-
-def _joined(*trees: Tasks) -> Tasks:
-    """Arguments side by side."""
-    leaves, spec = tree_flatten(tuple(each.tree for each in trees))
-    return Tasks(leaves, [flag for each in trees for flag in each.mapped], spec)
-
-
-def _sliced(tasks: Tasks, here: slice) -> Tasks:
-    return tasks._replace(
-        leaves=[leaf[here] if m else leaf for leaf, m in zip(tasks.leaves, tasks.mapped, strict=True)]
-    )
+    return from_marks(tree_unflatten(tasks.spec, marks))
 
 
 def _initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:
@@ -275,18 +247,18 @@ def _initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:
         return _unwrapped(shared(optimizer.init(params.tree)))
     count = count_tasks(params=params)
     assert count is not None
-    return _unwrapped(Mapper(count)(optimizer.init, _joined(params), optimizer.init))
+    return _unwrapped(Mapper(count)(optimizer.init, joined(params), optimizer.init))
 
 
 def _expanded_slots(opt_state: Tasks, tasks: int) -> Tasks:
     """The state with its slots per task; what an unknown state holds is per task altogether."""
-    state = _marked(opt_state)
+    state = marked(opt_state)
 
-    def expanded(mark: _Mark) -> _Mark:
+    def expanded(mark: Mark) -> Mark:
         if mark.mapped or not isinstance(mark.leaf, Tensor):
             return mark
-        return _Mark(mark.leaf.expand(tasks, *mark.leaf.shape), True)
+        return Mark(mark.leaf.expand(tasks, *mark.leaf.shape), True)
 
     if isinstance(state, OptState):
-        return _from_marks(state._replace(slots=tree_map(expanded, state.slots)))
-    return _from_marks(tree_map(expanded, state))
+        return from_marks(state._replace(slots=tree_map(expanded, state.slots)))
+    return from_marks(tree_map(expanded, state))

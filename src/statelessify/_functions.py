@@ -114,9 +114,9 @@ def _batch_norm(
 ) -> Tensor:
     x = _accumulate(input)
     if not training:
-        assert running_mean is not None and running_var is not None
         mean, var = _per_channel(running_mean, x), _per_channel(running_var, x)
-        assert mean is not None and var is not None
+        if mean is None or var is None:
+            raise ValueError("batch_norm in evaluation mode needs `running_mean` and `running_var`")
         return _affine((x - mean) * torch.rsqrt(var + eps), weight, bias, input.dtype)
     dims = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,103 +14,20 @@ from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
 from ._functions import elementary_norms, norms_for_transforms
+from ._task_trees import Tasks, as_tasks, count_tasks
 from ._tree import (
     TreeSpec,
-    broadcast_prefix,
     same_static,
     stack_leaves,
     tree_flatten,
     tree_names,
     tree_unflatten,
-    warn_once,
 )
 from ._words import nearest
 from .errors import StatelessifyError, TaskError, TreeError, VmapError
 from .typing import Backend, InDims, Randomness
 
 __all__ = ["over_tasks"]
-
-
-class Tasks(NamedTuple):
-    """A tree of which some leaves have a leading task dimension (`mapped`), and the others are shared."""
-
-    leaves: list[Any]
-    mapped: list[bool]
-    spec: TreeSpec
-
-    @property
-    def tree(self) -> Any:
-        return tree_unflatten(self.spec, self.leaves)
-
-    def expanded(self, tasks: int) -> Any:
-        """The tree with each tensor as ``(tasks, ...)``."""
-        return tree_unflatten(self.spec, [_expand(*pair, tasks) for pair in zip(self.leaves, self.mapped, strict=True)])
-
-
-def _expand(leaf: Any, mapped: bool, tasks: int) -> Any:
-    return leaf.expand(tasks, *leaf.shape) if isinstance(leaf, Tensor) and not mapped else leaf
-
-
-def shared(tree: Any) -> Tasks:
-    """A tree that all tasks share."""
-    leaves, spec = tree_flatten(tree)
-    return Tasks(leaves, [False] * len(leaves), spec)
-
-
-def per_task(tree: Any) -> Tasks:
-    """A tree in which each tensor is ``(tasks, ...)``."""
-    leaves, spec = tree_flatten(tree)
-    return Tasks(leaves, [isinstance(leaf, Tensor) for leaf in leaves], spec)
-
-
-def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
-    """Read `in_dims` as vmap does, and move each task dimension to the front."""
-    leaves, spec = tree_flatten(tree)
-    try:
-        dims = broadcast_prefix(in_dims, tree)
-    except ValueError:
-        raise TreeError(
-            f"`in_dims={in_dims!r}` does not fit the structure of the {what}; write one integer or None for each "
-            "argument, or a nesting that mirrors it"
-        ) from None
-    moved: list[Any] = []
-    for name, leaf, dim in zip(tree_names(tree), leaves, dims, strict=True):
-        if dim is None or not isinstance(leaf, Tensor):
-            moved.append(leaf)
-            continue
-        if not isinstance(dim, int) or not -leaf.ndim <= dim < leaf.ndim:
-            raise TaskError(
-                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{name}`, whose shape is "
-                f"{tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
-            )
-        moved.append(leaf.movedim(dim, 0))
-    mapped = [dim is not None and isinstance(leaf, Tensor) for leaf, dim in zip(leaves, dims, strict=True)]
-    return Tasks(moved, mapped, spec)
-
-
-def count_tasks(**trees: Tasks) -> int | None:
-    """The common leading dimension of all mapped leaves; None where there is none.
-
-    Raises:
-        TaskError: the leading dimensions differ, or are zero.
-    """
-    quick = {leaf.shape[0] for each in trees.values() for leaf, m in zip(each.leaves, each.mapped, strict=True) if m}
-    if len(quick) == 1 and 0 not in quick:
-        return quick.pop()
-    sizes: dict[str, int] = {}
-    for what, tasks in trees.items():
-        for name, leaf, mapped in zip(tree_names(tasks.tree), tasks.leaves, tasks.mapped, strict=True):
-            if mapped:
-                sizes[f"{what}.{name}" if name else what] = leaf.shape[0]
-    if len(set(sizes.values())) > 1:
-        raise TaskError(
-            f"the leading dimensions differ: {', '.join(f'`{k}` has {v}' for k, v in sizes.items())}; "
-            "each tensor that is not shared needs one entry per task"
-        )
-    found = next(iter(sizes.values()), None)
-    if found == 0:
-        raise TaskError(f"there are zero tasks: the leading dimension of `{next(iter(sizes))}` is 0; pass at least one")
-    return found
 
 
 def check_choices(backend: str, randomness: str) -> None:
@@ -138,8 +56,8 @@ def over_tasks(
             Keyword arguments are shared, and so are leaves that are not tensors.
         chunk_size: at most so many tasks at once, for less memory. None: all.
         randomness: whether tasks draw ``"different"`` random numbers or the ``"same"``; ``"error"`` forbids them.
-        backend: ``"vmap"``, ``"loop"``, or ``"auto"``: the loop for one task, else vmap, and where torch has no batching
-            rule the loop, with one warning. The numbers are the same.
+        backend: ``"vmap"``, ``"loop"``, or ``"auto"``: the loop for one task, else vmap, and where torch has no
+            batching rule the loop, with one warning. The numbers are the same.
 
     Returns:
         A function with the arguments of `fn`, in whose result each tensor is ``(tasks, ...)``.
@@ -173,7 +91,7 @@ def over_tasks(
 
 
 def check_chunk(chunk_size: int | None) -> None:
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):  # pyright: ignore
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TaskError(f"`chunk_size={chunk_size!r}` is not a number of tasks; write a positive integer, or None")
 
 
@@ -193,6 +111,12 @@ def _repeated(in_dims: InDims, count: int) -> Any:
 
 
 _warned: set[Any] = set()
+
+
+def _warn_once(key: Any, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, stacklevel=4)
 
 
 class Mapper:
@@ -234,11 +158,10 @@ class Mapper:
                     'write `backend="loop"`, or "auto" to take the loop where it is needed'
                 ) from error
             self._loops = True
-            warn_once(
+            _warn_once(
                 getattr(source or fn, "__code__", None) or id(source or fn),
                 f"torch.vmap cannot batch {blamed} ({reason}); its tasks run in a loop instead, with the same numbers. "
                 'Write `backend="loop"` to silence this',
-                _warned,
             )
             return result
 

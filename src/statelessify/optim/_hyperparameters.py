@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .._tree import glob_matches, tree_leaves
+from .._partition import glob_matches
+from .._tree import tree_leaves
 from .._words import listed, nearest
 from ..errors import HyperparameterError, HyperparameterNameError, NamesError
 
@@ -47,7 +48,7 @@ def per_task(tree: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise HyperparameterError(
-                f"`per_task` takes tensors (tasks, ...), not {shape}; a value that all tasks share is written without it"
+                f"`per_task` takes tensors (tasks, ...), not {shape}; write a value that all tasks share without it"
             )
     if not leaves:
         raise HyperparameterError("`per_task` was given nothing; write `per_task(torch.tensor([...]))`")
@@ -63,8 +64,8 @@ class Range(NamedTuple):
     def check(self, name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise HyperparameterError(
-                f"`{name}={value!r}` is {type(value).__name__}; write a number, a tensor, a dict from names or globs to "
-                "these, a callable of the step, or `optim.per_task(...)`"
+                f"`{name}={value!r}` is {type(value).__name__}; write a number, a tensor, a dict from names or globs "
+                "to these, a callable of the step, or `optim.per_task(...)`"
             )
         if not (math.isfinite(value) and self.low <= value < self.high):
             upper = "" if math.isinf(self.high) else f" and below {self.high}"
