@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._functions import transforming
 from ._gradient import Gradient, Unroll, value_and_grad
-from ._tree import require_floating, tree_leaves, tree_map
+from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from .errors import HyperparameterError, LossError
 from .optim import Optimizer
 from .typing import Batch, GradTransform, Loss, Tree
@@ -90,14 +90,18 @@ def adapt(
         def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
             params, opt_state, carry = state
             call = scalar_loss(loss, carry is not None)
-            value, carry, grads = value_and_grad(lambda p: call(p, carry, batch), params, differentiable)
+
+            def evaluate(params: Any) -> tuple[Tensor, Any]:
+                return call(params, carry, batch)
+
+            value, new_carry, grads = value_and_grad(evaluate, params, differentiable)
             if grad_transform is not None:
                 grads = grad_transform(grads)
             params, opt_state = optimizer.step(params, grads, opt_state)
-            return (params, opt_state, carry), value
+            return (params, opt_state, new_carry), value
 
         def batch_at(index: int, state: Any) -> Any:
-            return own(batch(index, detached(state[0]))) if callable(batch) else batch
+            return own(batch(index, tree_detach(state[0]))) if callable(batch) else batch
 
         # A copy of each parameter that autograd can tell from the original: the loss may read the original as well.
         state = (apart(params), *state[1:])
@@ -128,11 +132,11 @@ def loss_options(params: Any) -> Any:
 
 def apart(params: Any) -> Any:
     """The parameters as tensors of their own, in the same graph and storage."""
-    return params if transforming() else tree_map(lambda p: p.view_as(p) if p.requires_grad else p, params)
+    return params if transforming() else tree_map(_apart, params)
 
 
-def detached(params: Any) -> Any:
-    return tree_map(lambda p: p.detach(), params)
+def _apart(param: Tensor) -> Tensor:
+    return param.view_as(param) if param.requires_grad else param
 
 
 def scalar_loss(loss: Loss, with_carry: bool) -> Callable[[Any, Any, Any], tuple[Tensor, Any]]:

@@ -12,11 +12,23 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ._adapt import Adapted, apart, check_loop, detached, loss_options, outside_inference, scalar_loss
+from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
 from ._gradient import Gradient, Unroll, value_and_grad
-from ._task_trees import Mark, Tasks, as_tasks, count_tasks, from_marks, joined, marked, per_task, shared, sliced
+from ._task_trees import (
+    Mark,
+    Tasks,
+    all_marked,
+    as_tasks,
+    count_tasks,
+    from_marks,
+    joined,
+    marked,
+    per_task,
+    shared,
+    sliced,
+)
 from ._tasks import Mapper
-from ._tree import require_floating, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .errors import TaskError
 from .optim import Optimizer, OptState
 from .optim._hyperparameters import PerTask, at_step, has
@@ -97,7 +109,7 @@ def adapt_tasks(
         count = count_tasks(**known)
         first: list[Tasks] = []
         if count is None and callable(batches) and steps > 0:
-            first = [as_tasks(own(batches(0, detached(params))), batches_dim, "batches")]
+            first = [as_tasks(own(batches(0, tree_detach(params))), batches_dim, "batches")]
             count = count_tasks(batches=first[0])
         if count is None:
             raise TaskError(
@@ -112,7 +124,7 @@ def adapt_tasks(
                 return fixed
             if index == 0 and first:
                 return first[0]
-            found = as_tasks(own(batches(index, detached(state.params))), batches_dim, "batches")
+            found = as_tasks(own(batches(index, tree_detach(state.params))), batches_dim, "batches")
             count_tasks(params=per_task(state.params), batches=found)
             return found
 
@@ -170,7 +182,7 @@ class _Run(NamedTuple):
         parts: list[tuple[Tensor, Tasks, Any]] = []
         for start in range(0, self.mapper.tasks, size):
             here = slice(start, start + size)
-            params = tree_map(lambda p, here=here: p[here], state.params)
+            params = sliced(per_task(state.params), here).tree
             parts.append(self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable))
         carries = [carry for _, carry, _ in parts]
         leaves = [
@@ -190,13 +202,13 @@ class _Run(NamedTuple):
             if not marks.step.mapped:
                 original = marks.hyperparameters
                 now = {name: at_step(spec, state.step) for name, spec in state.hyperparameters.items()}
-                flags = tree_map(lambda leaf: Mark(leaf, False), now)
+                flags = all_marked(now, False)
                 opt_state = _unwrapped(from_marks(marks._replace(hyperparameters=flags)))
         done = self._update_all(params, grads, opt_state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), opt_state)
             out = marked(self.mapper(self.optimizer.step, args, self.optimizer.step))
-            done = tree_map(lambda mark: mark.leaf, out[0]), from_marks(out[1])
+            done = from_marks(out[0]).tree, from_marks(out[1])
         new_params, new_state = done
         if original is not None:
             new_state = from_marks(marked(new_state)._replace(hyperparameters=original))
@@ -206,9 +218,7 @@ class _Run(NamedTuple):
         """One call for all tasks; None unless everything is either shared or exactly like a parameter."""
         marks = marked(opt_state)
         shapes = [leaf.shape for leaf in tree_leaves(params)]
-        if not isinstance(marks, OptState) or any(
-            m.mapped for m in tree_leaves((marks.step, marks.hyperparameters))
-        ):
+        if not isinstance(marks, OptState) or any(m.mapped for m in tree_leaves((marks.step, marks.hyperparameters))):
             return None
         state = opt_state.tree
         if not _like_parameters(state.slots, shapes):
@@ -216,8 +226,8 @@ class _Run(NamedTuple):
         new_params, new_state = self.optimizer.step(params, grads, state)
         if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
             return None
-        common = tree_map(lambda leaf: Mark(leaf, False), new_state._replace(slots={}))
-        slots = tree_map(lambda leaf: Mark(leaf, isinstance(leaf, Tensor)), new_state.slots)
+        common = all_marked(new_state._replace(slots={}), False)
+        slots = all_marked(new_state.slots, True)
         return new_params, from_marks(common._replace(slots=slots))
 
 
@@ -236,7 +246,7 @@ def _unwrapped(tasks: Tasks) -> Tasks:
     if not any(isinstance(leaf, PerTask) for leaf in tasks.leaves):
         return tasks
     marks = [
-        tree_map(lambda t: Mark(t, True), leaf.tree) if isinstance(leaf, PerTask) else Mark(leaf, mapped)
+        all_marked(leaf.tree, True) if isinstance(leaf, PerTask) else Mark(leaf, mapped)
         for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
     ]
     return from_marks(tree_unflatten(tasks.spec, marks))

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from ._functions import norms_for_transforms, per_task_one, transforming
 from ._skeleton import Skeleton, Skeletons, Slots
+from ._structure import named_parts
 from ._tree import tree_leaves
 from ._words import listed, nearest
 from .errors import DtypeError, MutationError, NamesError, ShapeError
@@ -186,7 +187,7 @@ class Apply:
         """
         self._check(params, buffers)
         bound = self._skeletons.copy()
-        owners = dict(bound.named_modules())
+        owners = dict(named_parts(bound))
         for name, tensor in self._installed({**params, **buffers}, None, probe=False).items():
             for place in self._places[name]:
                 path, _, attribute = place.path.rpartition(".")

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._C._functorch import (
+    _add_batch_dim,
+    is_batchedtensor,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
 from torch.overrides import TorchFunctionMode
 
 __all__: list[str] = []
@@ -23,7 +27,7 @@ __all__: list[str] = []
 
 def transforming() -> bool:
     """Whether a functorch transform is active here, or dynamo traces."""
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -40,10 +44,10 @@ def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:
                 one = mark if one is None else one * mark
         return one
     for level in retrieve_all_functorch_interpreters():
-        if level.key() == torch._C._functorch.TransformType.Vmap:
+        if isinstance(level, VmapInterpreter):
             with torch._C._DisableFuncTorch():  # a plain tensor, not one that the innermost level wraps
                 ones = torch.ones(level.batch_size())
-            mark = torch._C._functorch._add_batch_dim(ones, 0, level.level())
+            mark = _add_batch_dim(ones, 0, level.level())
             one = mark if one is None else one * mark
     return one
 
@@ -56,7 +60,7 @@ def _accumulate(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _standardize(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _standardize(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps)`` over `dims`, with mean and biased variance (kept dimensions)."""
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
@@ -195,7 +199,8 @@ class ElementaryNorms(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
+        call = _ELEMENTARY.get(func)
+        return (func if call is None else call)(*args, **(kwargs or {}))
 
 
 def elementary_norms() -> AbstractContextManager[Any]:

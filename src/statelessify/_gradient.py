@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._functions import transforming
-from ._tree import tree_flatten, tree_map, tree_unflatten
+from ._tree import tree_detach, tree_flatten, tree_unflatten
 
 __all__ = ["FirstOrder", "Unroll"]
 
@@ -95,7 +95,7 @@ def _eager(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tenso
             found = (None,) * len(inputs)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
     if not recording:
-        aux = tree_map(_detached, aux)
+        aux = tree_detach(aux)
     return values if create else values.detach(), aux, tree_unflatten(spec, grads)
 
 
@@ -119,8 +119,4 @@ def _functional(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[
     grads = tree_unflatten(spec, found)
     if differentiable:
         return values, aux, grads
-    return values.detach(), aux, tree_map(_detached, grads)
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    return values.detach(), aux, tree_detach(grads)

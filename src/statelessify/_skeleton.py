@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._structure import ATOMIC, children, copy_structure, slot_values
+from ._structure import ATOMIC, children, copy_structure, is_uninitialized, named_parts, slot_values
 from .errors import LazyModuleError, ModuleError
 
 __all__: list[str] = []
@@ -43,8 +43,9 @@ def find_slots(module: nn.Module) -> Slots:
     places: dict[int, list[Slot]] = {}
     first: dict[int, tuple[str, Tensor, bool]] = {}
     empty: dict[str, Slot] = {}
-    for prefix, owner in module.named_modules(remove_duplicate=True):
-        for is_buffer, entries in ((False, owner._parameters), (True, owner._buffers)):
+    for prefix, owner in named_parts(module):
+        both: list[tuple[bool, dict[str, Any]]] = [(False, owner._parameters), (True, owner._buffers)]
+        for is_buffer, entries in both:
             for attribute, tensor in entries.items():
                 path = f"{prefix}.{attribute}" if prefix else attribute
                 if tensor is None:
@@ -67,7 +68,7 @@ def check_supported(module: nn.Module) -> None:
     """Refuse, by name, what has no pure form."""
     if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ModuleError(f"`module` is {type(module).__name__}, not a torch.nn.Module; pass the module itself")
-    for path, part in module.named_modules():
+    for path, part in named_parts(module):
         where = f"submodule `{path}`" if path else "`module`"
         kind = type(part).__name__
         if isinstance(part, torch.jit.ScriptModule):
@@ -84,7 +85,7 @@ def check_supported(module: nn.Module) -> None:
                 "`apply` instead"
             )
         slots = {**part._parameters, **part._buffers}
-        lazy = [name for name, t in slots.items() if isinstance(t, nn.parameter.UninitializedTensorMixin)]
+        lazy = [name for name, t in slots.items() if is_uninitialized(t)]
         if lazy:
             raise LazyModuleError(
                 f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; "
@@ -165,7 +166,7 @@ class Skeleton(nn.Module):
     def __init__(self, inner: nn.Module, paths: tuple[Slot, ...]) -> None:
         super().__init__()
         self.inner = inner
-        owners = dict(inner.named_modules())
+        owners = dict(named_parts(inner))
         split = [slot.path.rpartition(".") for slot in paths]
         self._slots = [
             (owners[owner], name, slot.registered_buffer) for (owner, _, name), slot in zip(split, paths, strict=True)

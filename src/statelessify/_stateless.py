@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._apply import Apply, wrong_shape
 from ._skeleton import Slots, check_supported, find_slots
-from ._structure import copy_structure
+from ._structure import copy_structure, is_uninitialized, named_parts
 from ._tree import tree_copy
 from ._words import listed, nearest
 from .errors import LazyModuleError, NamesError
@@ -81,13 +81,9 @@ def _materialized(module: nn.Module, example_args: Sequence[Any]) -> nn.Module:
     """A module whose lazy parts have their shapes; everything that had one already is the original's own tensor."""
     if isinstance(example_args, Tensor):
         raise LazyModuleError("`example_args` is a tensor; write a tuple of the call's arguments, `example_args=(x,)`")
-    if not any(isinstance(t, nn.parameter.UninitializedTensorMixin) for t in find_slots(module).tensors.values()):
+    if not any(is_uninitialized(t) for t in find_slots(module).tensors.values()):
         return module
-    known = {
-        id(t): t
-        for t in find_slots(module).tensors.values()
-        if not isinstance(t, nn.parameter.UninitializedTensorMixin)
-    }
+    known = {id(t): t for t in find_slots(module).tensors.values() if not is_uninitialized(t)}
     trial = copy.deepcopy(module)
     modes = [part.training for part in trial.modules()]
     trial.eval()  # shapes only: no statistics are updated
@@ -95,8 +91,8 @@ def _materialized(module: nn.Module, example_args: Sequence[Any]) -> nn.Module:
         trial(*example_args)
     for part, training in zip(trial.modules(), modes, strict=True):
         part.training = training
-    originals = dict(module.named_modules(remove_duplicate=False))
-    for path, part in trial.named_modules(remove_duplicate=False):
+    originals = dict(named_parts(module, twice=True))
+    for path, part in named_parts(trial, twice=True):
         source = originals.get(path)
         for entries, own in ((part._parameters, "_parameters"), (part._buffers, "_buffers")):
             for name in entries:
@@ -130,7 +126,7 @@ def load_(module: nn.Module, params: Params | None = None, buffers: Buffers | No
     slots = find_slots(module)
     given = {**(params or {}), **(buffers or {})}
     _check_load(slots, params, buffers, type(module).__name__)
-    owners = dict(module.named_modules())
+    owners = dict(named_parts(module))
     for name, value in given.items():
         if name in slots.tensors:
             slots.tensors[name].copy_(value)

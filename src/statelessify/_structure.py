@@ -16,6 +16,16 @@ from torch import Tensor, nn
 __all__: list[str] = []
 
 
+def is_uninitialized(tensor: Any) -> bool:
+    """Whether a lazy module's tensor has no shape yet."""
+    return torch.nn.parameter.is_lazy(tensor)
+
+
+def named_parts(module: nn.Module, twice: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules()``; `twice` also gives the further paths to a module that has several."""
+    yield from cast("Any", module.named_modules(remove_duplicate=not twice))
+
+
 def placeholder(tensor: Tensor) -> Tensor:
     """What stands in a slot between calls: shape and dtype but no values, so that late use raises instead of lying."""
     empty = torch.empty_like(tensor.detach(), device="meta")
@@ -89,12 +99,20 @@ def slot_values(item: object) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(item, name)
 
 
-ATOMIC = (bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType, type(None))
-ATOMIC += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, range, slice, weakref.ref)
+_PYTHON = (bool, int, float, complex, str, bytes, range, slice, type, type(None), weakref.ref)
+_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+ATOMIC: tuple[type, ...] = (*_PYTHON, *_TORCH, types.ModuleType, types.BuiltinFunctionType)
 
 
 def children(item: Any) -> Iterator[Any]:
     """The objects that `item` holds directly, as far as a module's behaviour can depend on them."""
+    yield from _contents(item)
+    if not isinstance(item, (Tensor, types.FunctionType)):
+        yield from getattr(item, "__dict__", {}).values()
+        yield from (value for _, value in slot_values(item))
+
+
+def _contents(item: Any) -> Iterator[Any]:
     if isinstance(item, dict):
         yield from cast("dict[Any, Any]", item).keys()
         yield from cast("dict[Any, Any]", item).values()
@@ -112,9 +130,6 @@ def children(item: Any) -> Iterator[Any]:
             except ValueError:  # a cell that is still empty
                 continue
         yield from (item.__defaults__ or (), item.__kwdefaults__ or {})
-    if not isinstance(item, (Tensor, types.FunctionType)):
-        yield from getattr(item, "__dict__", {}).values()
-        yield from (value for _, value in slot_values(item))
 
 
 def _reachable(module: nn.Module) -> Iterator[Any]:

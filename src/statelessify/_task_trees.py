@@ -108,6 +108,12 @@ def marked(tasks: Tasks) -> Any:
     return tree_unflatten(tasks.spec, [Mark(*pair) for pair in zip(tasks.leaves, tasks.mapped, strict=True)])
 
 
+def all_marked(tree: Any, mapped: bool) -> Any:
+    """A tree of marks whose tensors are all mapped, or all shared."""
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten(spec, [Mark(leaf, mapped and isinstance(leaf, Tensor)) for leaf in leaves])
+
+
 def from_marks(tree: Any) -> Tasks:
     marks, spec = tree_flatten(tree)
     return Tasks([mark.leaf for mark in marks], [mark.mapped for mark in marks], spec)

@@ -130,7 +130,8 @@ class Mapper:
     ) -> None:
         check_choices(backend, randomness)
         check_chunk(chunk_size)
-        self.tasks, self.randomness, self.chunk_size = tasks, randomness, chunk_size
+        self.tasks, self.chunk_size = tasks, chunk_size
+        self.randomness: Randomness = randomness
         self._loops = backend == "loop" or (backend == "auto" and tasks == 1)
         self._falls_back = backend == "auto"
 

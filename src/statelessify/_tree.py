@@ -25,7 +25,7 @@ def tree_flatten(tree: Tree, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpe
     if torch.compiler.is_compiling():
         return _traced_tree.flatten(tree, is_leaf)
     leaves, spec = optree.tree_flatten(tree, is_leaf)
-    return cast("list[Any]", leaves), spec
+    return leaves, spec
 
 
 def tree_unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
@@ -42,6 +42,20 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = 
     if torch.compiler.is_compiling():
         return _traced_tree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
     return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
+
+
+def tree_detach(tree: Tree) -> Tree:
+    """The tree with its tensors cut off from their graph."""
+    return tree_map(_detached, tree)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def flatten_up_to(spec: TreeSpec, tree: Tree) -> list[Any]:
+    """What stands in `tree` where `spec` has its leaves (None too)."""
+    return list(spec.flatten_up_to(tree))
 
 
 def tree_names(tree: Tree, is_leaf: IsLeaf = None) -> list[str]:

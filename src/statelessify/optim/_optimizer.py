@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._tree import first_difference, require_floating, tree_flatten, tree_leaves, tree_names, tree_unflatten
+from .._tree import (
+    first_difference,
+    flatten_up_to,
+    require_floating,
+    tree_flatten,
+    tree_leaves,
+    tree_names,
+    tree_unflatten,
+)
 from ..errors import TreeError
 from ..typing import Tree
 from ._hyperparameters import Range, check_fits, check_ranges, per_leaf
@@ -84,7 +92,7 @@ class Rule(NamedTuple):
     def step(self, params: Tree, grads: Tree, state: OptState) -> tuple[Tree, OptState]:
         leaves, spec = tree_flatten(params)
         try:
-            gradients = spec.flatten_up_to(grads)
+            gradients = flatten_up_to(spec, grads)
         except ValueError:
             raise TreeError(
                 f"`params` and `grads` have different structures: {first_difference(spec, tree_flatten(grads)[1])}"
