@@ -94,7 +94,9 @@ def adapt(
             def evaluate(params: Any) -> tuple[Tensor, Any]:
                 return call(params, carry, batch)
 
-            value, new_carry, grads = value_and_grad(evaluate, params, differentiable)
+            value, new_carry, grads = value_and_grad(
+                evaluate, params, differentiable, loss, {"batch": batch, "carry": carry}
+            )
             if grad_transform is not None:
                 grads = grad_transform(grads)
             params, opt_state = optimizer.step(params, grads, opt_state)

@@ -172,7 +172,8 @@ class _Run(NamedTuple):
             mapped.append(out.mapped[1:])
             return out.tree
 
-        values, carried, grads = value_and_grad(evaluate, params, differentiable)
+        given = {"batches": batch.tree, "carry": carry.tree}
+        values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
         leaves, spec = tree_flatten(carried)
         return values, Tasks(leaves, mapped[-1], spec), grads
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._functions import transforming
-from ._tree import tree_detach, tree_flatten, tree_unflatten
+from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
 
 __all__ = ["FirstOrder", "Unroll"]
 
@@ -64,21 +65,68 @@ class FirstOrder:
         return _loop(step, state, batch_at, steps, differentiable=False)
 
 
+_checked: set[Any] = set()
+
+
+def _warn_of_lost(total: Tensor, inputs: list[Tensor], given: Any, source: Callable[..., Any]) -> None:
+    """Name the tensors that need a gradient and get none through first-order steps; once for each loss."""
+    key = getattr(source, "__code__", source)
+    if key in _checked:
+        return
+    _checked.add(key)
+    reached = _leaf_variables([p.grad_fn for p in inputs]) | {id(p): p for p in inputs}
+    lost = {key: leaf for key, leaf in _leaf_variables([total.grad_fn]).items() if key not in reached}
+    if not lost:
+        return
+    names = {id(leaf): name for name, leaf in zip(tree_names(given), tree_leaves(given), strict=True)}
+    words = [
+        f"`{names[key]}`" if key in names else f"a closed-over tensor of shape {tuple(leaf.shape)}"
+        for key, leaf in lost.items()
+    ]
+    warnings.warn(
+        f"`FirstOrder()` takes the inner gradients as constants, so the inner loop passes no gradient to "
+        f"{', '.join(words)}; write `gradient=Unroll()` if it should, or detach it to silence this",
+        stacklevel=6,
+    )
+
+
+def _leaf_variables(roots: Iterable[Any]) -> dict[int, Tensor]:
+    """The leaf tensors that a graph ends in."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [root for root in roots if root is not None], set[Any]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return found
+
+
 Evaluate = Callable[[Any], tuple[Tensor, Any]]
 """``evaluate(params) -> (values, aux)``; the gradient is that of ``values.sum()``."""
 
 
-def value_and_grad(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+def value_and_grad(
+    evaluate: Evaluate, params: Any, differentiable: bool, source: Callable[..., Any], given: Any
+) -> tuple[Tensor, Any, Any]:
     """``(values, aux, grads)`` of a function of `params`, whose gradient is taken of the sum of its values.
 
     In eager code by `torch.autograd.grad`, inside any transform and under dynamo by `torch.func.grad`: the former fails
     inside vmap, under jvp, for constants and in one graph; the latter costs more. A parameter that is not reached has
     gradient zero either way. Where nothing is recorded, neither values nor `aux` nor gradients have a graph.
+    `source` is the user's loss and `given` what it is given beside the parameters, for a warning.
     """
-    return (_functional if transforming() else _eager)(evaluate, params, differentiable)
+    if transforming():
+        return _functional(evaluate, params, differentiable)
+    return _eager(evaluate, params, differentiable, source, given)
 
 
-def _eager(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+def _eager(
+    evaluate: Evaluate, params: Any, differentiable: bool, source: Callable[..., Any], given: Any
+) -> tuple[Tensor, Any, Any]:
     recording = torch.is_grad_enabled()
     leaves, spec = tree_flatten(params)
     with torch.enable_grad():
@@ -87,6 +135,8 @@ def _eager(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tenso
         total = values.sum()
         aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
         create = recording and differentiable
+        if recording and not differentiable:
+            _warn_of_lost(total, inputs, given, source)
         if total.requires_grad and inputs:
             found = torch.autograd.grad(
                 total, inputs, create_graph=create, retain_graph=create or aux_needs_graph, allow_unused=True

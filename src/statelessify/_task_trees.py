@@ -65,7 +65,7 @@ def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
                 f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{name}`, whose shape is "
                 f"{tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
             )
-        moved.append(leaf.movedim(dim, 0))
+        moved.append(leaf.movedim(dim, 0) if dim else leaf)
     mapped = [dim is not None and isinstance(leaf, Tensor) for leaf, dim in zip(leaves, dims, strict=True)]
     return Tasks(moved, mapped, spec)
 

@@ -102,7 +102,7 @@ def _repeated(in_dims: InDims, count: int) -> Any:
     if not isinstance(in_dims, tuple):
         return in_dims
     entries = cast("tuple[Any, ...]", in_dims)
-    if entries and entries[-1] is ...:
+    if len(entries) > 1 and entries[-1] is ...:
         body = entries[:-1]
         entries = (body + (body[-1],) * (count - len(body)))[:count]
     if len(entries) != count:

@@ -130,7 +130,7 @@ def _check_value(name: str, value: Any, parameter: str, shape: torch.Size, tasks
     elif isinstance(value, Tensor):
         own = value.shape[int(tasks) :]
         try:
-            fits = cast("tuple[int, ...]", tuple(torch.broadcast_shapes(own, shape))) == tuple(shape)
+            fits = cast("Any", torch.broadcast_shapes)(own, shape) == shape
         except RuntimeError:
             fits = False
         if not fits:
