@@ -58,6 +58,6 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every script in benchmarks, peers measured in the same run; arguments go to each script."""
-    install_project(session, ".", *PEERS)
+    install_project(session, ".[examples]", *PEERS)
     for script in sorted(Path("benchmarks").glob("[!_]*.py")):
-        session.run("python", str(script), *session.posargs)
+        session.run("python", str(script), *session.posargs, env=HEADLESS)

@@ -79,7 +79,7 @@ def adapt(
         >>> adapted.params["w"].tolist(), adapted.losses.tolist()
         ([0.75, 0.75], [2.0, 0.5])
     """
-    check_loop(optimizer, steps)
+    check_loop(optimizer, steps, gradient)
     require_floating(params, "params")
     with outside_inference() as own:
         params, batch, opt_state, carry = own(params), own(batch), own(opt_state), own(carry)
@@ -114,7 +114,7 @@ def adapt(
 # What `adapt` and `adapt_tasks` share ------------------------------------------------------------------------------
 
 
-def check_loop(optimizer: Any, steps: Any) -> None:
+def check_loop(optimizer: Any, steps: Any, gradient: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise HyperparameterError(
             f"`optimizer` is {type(optimizer).__name__}, not an `optim.Optimizer`; write `optim.sgd(lr=...)`, or "
@@ -122,6 +122,8 @@ def check_loop(optimizer: Any, steps: Any) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise HyperparameterError(f"`steps={steps!r}` is not a number of steps; write an integer, 0 or more")
+    if isinstance(gradient, type) or not hasattr(gradient, "run"):
+        raise HyperparameterError(f"`gradient={gradient!r}` is not a mode; write `Unroll()` or `FirstOrder()`")
 
 
 def loss_options(params: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
+from ._functions import transforming
 from ._gradient import Gradient, Unroll, value_and_grad
 from ._task_trees import (
     Mark,
@@ -87,7 +88,7 @@ def adapt_tasks(
         >>> adapt_tasks(fit, start, targets, optimizer=optim.sgd(lr=0.25), steps=1).params["w"].tolist()
         [[0.5, 0.5], [-0.5, -0.5]]
     """
-    check_loop(optimizer, steps)
+    check_loop(optimizer, steps, gradient)
     require_floating(params, "params")
     if isinstance(in_dims, int):
         in_dims = (in_dims, in_dims)
@@ -104,7 +105,7 @@ def adapt_tasks(
         if opt_state is None:
             state = _initial_state(optimizer, initial)
         else:
-            state = _unwrapped(follow(own(opt_state)))
+            state = _shared_step(_unwrapped(follow(own(opt_state))))
         known["opt_state"] = state
         count = count_tasks(**known)
         first: list[Tasks] = []
@@ -251,6 +252,15 @@ def _unwrapped(tasks: Tasks) -> Tasks:
         for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
     ]
     return from_marks(tree_unflatten(tasks.spec, marks))
+
+
+def _shared_step(tasks: Tasks) -> Tasks:
+    """The step count as one number where all tasks agree on it, as they do in the state of an earlier run."""
+    state = marked(tasks)
+    mark: Any = state.step if isinstance(state, OptState) else None
+    if mark is None or not mark.mapped or transforming() or not bool((mark.leaf == mark.leaf[0]).all()):
+        return tasks
+    return from_marks(state._replace(step=Mark(mark.leaf[0], False)))
 
 
 def _initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:

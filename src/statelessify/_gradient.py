@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._functions import transforming
+from ._functions import norms_for_transforms, transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
 
 __all__ = ["FirstOrder", "Unroll"]
@@ -154,7 +154,8 @@ def _functional(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[
     aside: list[Any] = []
 
     def summed(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        values, aux = evaluate(tree_unflatten(spec, inputs))
+        with norms_for_transforms():  # the loss may call them itself
+            values, aux = evaluate(tree_unflatten(spec, inputs))
         parts, aux_spec = tree_flatten(aux)
         aside.append(([None if isinstance(t, Tensor) else t for t in parts], aux_spec))
         return values.sum(), (values, *(t for t in parts if isinstance(t, Tensor)))
