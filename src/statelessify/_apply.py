@@ -6,10 +6,11 @@ import copy
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import functional_call
 
 from ._functions import norms_for_transforms, per_task_one, transforming
@@ -40,7 +41,8 @@ class Apply:
         self._places = {**slots.params, **slots.buffers, **{name: (slot,) for name, slot in slots.empty.items()}}
         self._registered = {name for name, places in self._places.items() if any(p.registered_buffer for p in places)}
         self._skeletons = Skeletons(template, tuple(place for places in self._places.values() for place in places))
-        self._resized: set[str] = set()  # buffers that forward has been seen to give another shape
+        self._resized: set[str] = set()  # buffers that forward has been seen to give another shape,
+        self._emptied: set[str] = set()  # and to set to None: from then on they may have, or be missing
         self._probed = False
 
     def __call__(self, params: Params, buffers: Buffers, /, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
@@ -68,22 +70,27 @@ class Apply:
     def _call(
         self, skeleton: Skeleton, params: Params, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Buffers]:
-        given = {**params, **buffers}
-        installed = self._installed(given, (args, kwargs), probe=not (self._probed or torch.compiler.is_compiling()))
-        flat = {f"inner.{place.path}": installed[name] for name in installed for place in self._places[name]}
-        eager = not transforming()
-        versions = {name: tensor._version for name, tensor in installed.items()} if eager else {}
+        given: dict[str, Tensor] = {**params, **buffers}
+        traced = torch.compiler.is_compiling()
+        installed = self._installed(given, (args, kwargs))
+        flat: dict[str, Any] = {
+            f"inner.{place.path}": t for name, t in installed.items() for place in self._places[name]
+        }
+        for name in self._emptied.difference(given):
+            flat.update({f"inner.{place.path}": None for place in self._places[name]})
+        versions = {} if traced else {name: _version(tensor) for name, tensor in installed.items()}
         with norms_for_transforms():
             out, values = functional_call(skeleton, flat, args, kwargs, tie_weights=False)
-        new_buffers = self._harvest(values, given, installed, versions, params, buffers)
-        self._probed = True
-        return out, new_buffers
+        new_buffers = self._harvest(values, given, installed, versions, params)
+        if not traced:
+            self._probed = True
+        return out, {name: new_buffers[name] for name in (*buffers, *new_buffers) if name in new_buffers}
 
-    def _installed(self, given: dict[str, Tensor], inputs: Any, probe: bool) -> dict[str, Tensor]:
+    def _installed(self, given: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
         """What goes into the slots: clones of the registered buffers, and everything else as it is.
 
-        The very first call clones everything: should forward write into a parameter, the error comes before the
-        caller's tensor is touched.
+        Everything is cloned until one call in eager code has shown that forward writes into no parameter: should it
+        do so, the error comes before the caller's tensor is touched.
         """
         one: Tensor | None = None
         if self._registered and transforming():
@@ -95,7 +102,7 @@ class Apply:
                 marked = None if one is None or not floating else tensor * one.to(tensor.device, tensor.dtype)
                 installed[name] = tensor.clone() if marked is None else marked
             else:
-                installed[name] = tensor.clone() if probe else tensor
+                installed[name] = tensor if self._probed else tensor.clone()
         return installed
 
     def _harvest(
@@ -103,40 +110,39 @@ class Apply:
         values: Sequence[Tensor | None],
         given: dict[str, Tensor],
         installed: dict[str, Tensor],
-        versions: dict[str, int],
+        versions: dict[str, tuple[int, ...]],
         params: Params,
-        buffers: Buffers,
     ) -> Buffers:
+        """The tensors that stand in the slots after the call; an error where a parameter's has changed."""
         new_buffers: Buffers = {}
+        eager = not transforming()
         remaining = iter(values)
         for name, places in self._places.items():
             found = [next(remaining) for _ in places]
             before = installed.get(name)
             value = next((new for new in found if new is not before), before)
             written = value is not before
-            if before is not None and name in versions:
-                written = written or before._version != versions[name]
+            if before is not None and not written and name in versions:
+                written = _written(before, versions[name], given[name])
             if written and name not in self._registered and name not in self._empty:
                 raise MutationError(
                     f"`{self._name}` changes its parameter `{name}` in forward, which a pure function cannot do: "
                     "compute the new value out of place, or register the tensor as a buffer"
                     + ("; the tensor that was passed in has been changed" if self._probed else "")
                 )
-            if value is None or name in params:
+            if name in params:
                 continue
-            keep = versions and not written and name in given and not _silently_written(value, given[name])
-            new_buffers[name] = given[name] if keep else value
+            if value is None:
+                self._emptied.update(name for name in (name,) if name in self._registered and name in self._shapes)
+                continue
+            new_buffers[name] = given[name] if eager and name in versions and not written else value
             if name in self._shapes and value.shape != self._shapes[name]:
                 self._resized.add(name)
-        order = [name for name in buffers if name in new_buffers]
-        return {name: new_buffers[name] for name in (*order, *(n for n in new_buffers if n not in buffers))}
+        return new_buffers
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         for what, tree in (("params", params), ("buffers", buffers)):
-            if not isinstance(tree, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise DtypeError(
-                    f"`{what}` is {type(tree).__name__}, not a dict of tensors; write `apply(params, buffers, ...)`"
-                )
+            check_tensors(what, tree)
             for name, tensor in tree.items():
                 shape = self._shapes.get(name)
                 if shape is None and name not in self._empty:
@@ -144,8 +150,6 @@ class Apply:
                         f"`{what}` has the unknown name `{name}`{nearest(name, self._shapes)}; "
                         f"`{self._name}` has {listed(self._shapes)}"
                     )
-                if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-                    raise DtypeError(f"`{what}[{name!r}]` is {type(tensor).__name__}, not a tensor")
                 if shape is not None and tensor.shape != shape and name not in self._resized:
                     raise wrong_shape(what, name, tensor, shape)
         self._check_complete(params, buffers)
@@ -154,7 +158,7 @@ class Apply:
         twice = [name for name in params if name in buffers]
         if twice:
             raise NamesError(f"{listed(twice)} stands in both `params` and `buffers`; give each name once")
-        missing = [name for name in self._shapes if name not in params and name not in buffers]
+        missing = [n for n in self._shapes if n not in params and n not in buffers and n not in self._emptied]
         if missing:
             raise NamesError(
                 f"neither `params` nor `buffers` has {listed(missing)}; `{self._name}` needs every name in one of them "
@@ -166,6 +170,7 @@ class Apply:
         template = self._skeletons.copy()
         template.train(mode)
         new = copy.copy(self)
+        new._resized, new._emptied, new._probed = set(self._resized), set(self._emptied), False
         new._skeletons = Skeletons(template, self._skeletons.paths)
         return new
 
@@ -188,7 +193,7 @@ class Apply:
         self._check(params, buffers)
         bound = self._skeletons.copy()
         owners = dict(named_parts(bound))
-        for name, tensor in self._installed({**params, **buffers}, None, probe=False).items():
+        for name, tensor in self._installed({**params, **buffers}, None).items():
             for place in self._places[name]:
                 path, _, attribute = place.path.rpartition(".")
                 owner = owners[path]
@@ -202,9 +207,38 @@ class Apply:
         return f"<apply of {self._name}: {len(self._params)} params, {len(self._buffers)} buffers>"
 
 
-def _silently_written(value: Tensor, given: Tensor) -> bool:
-    """Whether a fused batch norm has updated running statistics, which autograd's versions do not count."""
-    return value.ndim == 1 and value is not given and (value.is_meta or not torch.equal(value, given))
+def _version(tensor: Tensor) -> tuple[int, ...]:
+    """How often a tensor has been written to, at each level of transforms."""
+    versions: list[int] = []
+    while is_functorch_wrapped_tensor(tensor):
+        versions.append(tensor._version)
+        tensor = get_unwrapped(tensor)
+    return (*versions, 0 if tensor.is_inference() else tensor._version)
+
+
+def _written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool:
+    """Whether a call has written into a tensor.
+
+    Versions do not count what goes through ``.data``, nor what a fused batch norm does to its statistics: so in eager
+    code a clone is compared with what it is a clone of.
+    """
+    if _version(installed) != version:
+        return True
+    if installed is given or installed.is_meta or transforming():
+        return False
+    if torch.equal(installed, given):
+        return False
+    same = (installed == given) | ((installed != installed) & (given != given))
+    return not bool(same.all())
+
+
+def check_tensors(what: str, tree: Any) -> None:
+    """Refuse anything but a dict of tensors."""
+    if not isinstance(tree, Mapping):
+        raise DtypeError(f"`{what}` is {type(tree).__name__}, not a dict of tensors")
+    for name, tensor in cast("Mapping[str, Any]", tree).items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"`{what}[{name!r}]` is {type(tensor).__name__}, not a tensor")
 
 
 def wrong_shape(what: str, name: str, tensor: Tensor, shape: torch.Size) -> ShapeError:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import (
     _add_batch_dim,
-    is_batchedtensor,
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
@@ -39,9 +38,8 @@ def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:
     one: Tensor | None = None
     if torch.compiler.is_compiling():
         for tensor in tensors:
-            if is_batchedtensor(tensor):
-                mark = torch.zeros_like(tensor, dtype=torch.float32).sum() + 1
-                one = mark if one is None else one * mark
+            mark = torch.zeros_like(tensor, dtype=torch.float32).sum() + 1
+            one = mark if one is None else one * mark
         return one
     for level in retrieve_all_functorch_interpreters():
         if isinstance(level, VmapInterpreter):
@@ -146,7 +144,7 @@ def _instance_norm(
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     x = _accumulate(input)
     dims = list(range(2, x.ndim))
-    count = x[0, 0].numel()
+    count = x.shape[2:].numel()
     if count < 2:
         raise ValueError(f"instance_norm needs more than one spatial element, not an input of {list(x.shape)}")
     out, mean, var = _standardize(x, dims, eps)

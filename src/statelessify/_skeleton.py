@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import types
-from collections import deque
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ._structure import ATOMIC, children, copy_structure, is_uninitialized, named_parts, slot_values
+from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
 
 __all__: list[str] = []
@@ -64,10 +65,13 @@ def find_slots(module: nn.Module) -> Slots:
     return Slots(params, frozen | buffers, empty, tensors)
 
 
+def check_is_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise ModuleError(f"`module` is {type(module).__name__}, not a torch.nn.Module; pass the module itself")
+
+
 def check_supported(module: nn.Module) -> None:
     """Refuse, by name, what has no pure form."""
-    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ModuleError(f"`module` is {type(module).__name__}, not a torch.nn.Module; pass the module itself")
     for path, part in named_parts(module):
         where = f"submodule `{path}`" if path else "`module`"
         kind = type(part).__name__
@@ -93,67 +97,74 @@ def check_supported(module: nn.Module) -> None:
             )
 
 
-_INTERNAL = frozenset({"_parameters", "_buffers", "_modules"})
-
-
 class Pristine:
     """What a skeleton looked like before its first call, to tell whether a call has left a trace on it.
 
-    A skeleton is used again only if everything it holds is known to be unchanged: values by identity, plain
-    tensors by their version, containers of plain values by equality. Anything else is never used twice.
+    A skeleton is used again only if everything it holds is known to be unchanged: values by identity, plain tensors by
+    their version, containers of plain values by what they print. Anything else is never used twice.
     """
 
     def __init__(self, skeleton: nn.Module) -> None:
         self._known = True
-        self._entries: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._entries: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         self._tensors: list[tuple[Tensor, int]] = []
-        self._containers: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        self._containers: list[tuple[Any, str]] = []
         for part in skeleton.modules():
             if any(True for _ in slot_values(part)):
                 self._known = False
-            self._entries.append((part.__dict__, tuple(part.__dict__.values())))
-            self._entries.append((part._modules, tuple(part._modules.values())))
-            self._entries.append((part._parameters, tuple(part._parameters.values())))
-            self._entries.append((part._buffers, tuple(part._buffers.values())))
+            for entries in (part.__dict__, part._modules, part._parameters, part._buffers):
+                if entries:
+                    self._entries.append((cast("Any", entries), list(entries), list(entries.values())))
+                else:
+                    self._empty.append(entries)
             for name, value in part.__dict__.items():
-                if name not in _INTERNAL:
+                if name not in ("_parameters", "_buffers", "_modules"):
                     self._classify(value)
 
     def _classify(self, value: Any) -> None:
         if isinstance(value, Tensor):
             self._tensors.append((value, value._version))
         elif _is_plain(value):
-            if not isinstance(value, (*ATOMIC, types.FunctionType, types.MethodType)):
-                self._containers.append((value, copy.deepcopy(value)))
+            if not isinstance(value, (*ATOMIC, weakref.ref, types.FunctionType, types.MethodType)):
+                if len(value):
+                    self._containers.append((value, repr(value)))
+                else:
+                    self._empty.append(value)
         elif not isinstance(value, nn.Module):
             self._known = False
 
     def still(self) -> bool:
         """Whether the skeleton is as it was."""
-        if not self._known:
+        return self._known and self.unshared() and all(_same(*entry) for entry in self._entries)
+
+    def unshared(self) -> bool:
+        """Whether nobody has written into what a call may have handed out."""
+        if any(self._empty):
             return False
-        for entries, values in self._entries:
-            if len(entries) != len(values):
-                return False
-            for now, before in zip(entries.values(), values, strict=True):
-                if now is not before:
-                    return False
-        return all(t._version == version for t, version in self._tensors) and all(
-            now == before for now, before in self._containers
+        return all(tensor._version == version for tensor, version in self._tensors) and all(
+            repr(now) == before for now, before in self._containers
         )
 
 
+def _same(entries: dict[str, Any], names: list[str], values: list[Any]) -> bool:
+    return list(entries) == names and [*map(id, entries.values())] == [*map(id, values)]
+
+
 def _is_plain(value: Any) -> bool:
-    """Whether a value is built of immutable values only, so that equality says whether it has changed."""
-    if isinstance(value, ATOMIC):
+    """Whether a value is built of immutable values only, so that its repr says whether it has changed."""
+    if isinstance(value, (*ATOMIC, weakref.ref)):
         return True
     if isinstance(value, types.FunctionType):
         return not value.__closure__ and not value.__dict__
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
-    if type(value) in (list, tuple, set, frozenset, dict, deque) or type(value).__name__ == "OrderedDict":
+    if type(value) in (list, tuple, set, frozenset, dict, deque, OrderedDict):
         return all(_is_plain(child) for child in children(value))
     return False
+
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 class Skeleton(nn.Module):
@@ -171,11 +182,34 @@ class Skeleton(nn.Module):
         self._slots = [
             (owners[owner], name, slot.registered_buffer) for (owner, _, name), slot in zip(split, paths, strict=True)
         ]
+        self._empty = [slot for slot, tensor in zip(self._slots, self.read(), strict=True) if tensor is None]
         self.pristine = Pristine(inner)
+        self._python = [
+            (part, name, value)
+            for _, part in named_parts(inner)
+            if not type(part).__module__.startswith("torch.nn.")
+            for name, value in part.__dict__.items()
+            if name not in _MODULE_ATTRIBUTES
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
+        if torch.compiler.is_compiling():
+            return self._forward_traced(args, kwargs)
         out = self.inner(*args, **kwargs)
         return out, self.read()
+
+    def _forward_traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor | None]]:
+        """Dynamo has one skeleton for all calls: the Python state that a call has changed is put back."""
+        for part, name, value in self._python:
+            if isinstance(value, (list, dict, set)):
+                setattr(part, name, value.copy())  # pyright: ignore[reportUnknownArgumentType]
+        out = self.inner(*args, **kwargs)
+        values = self.read()
+        for part, name, value in self._python:
+            setattr(part, name, value)
+        for owner, name, is_buffer in self._empty:
+            (owner._buffers if is_buffer else owner._parameters)[name] = None
+        return out, values
 
     def read(self) -> list[Tensor | None]:
         return [
@@ -187,22 +221,26 @@ class Skeletons:
     """A pool of copies of one structure, checked out for one call at a time.
 
     Concurrent and re-entrant calls each get their own. A skeleton whose call raised, or left a trace on it, is
-    thrown away; the template itself never runs in eager code.
+    thrown away; the template itself never runs.
     """
 
     def __init__(self, template: nn.Module, paths: tuple[Slot, ...]) -> None:
         self.template = template
         self.paths = paths
-        self.traced = Skeleton(template, paths)  # dynamo traces one call at a time, and cannot trace a copy
+        self.traced = Skeleton(self.copy(traced=True), paths)  # dynamo traces one call at a time, and cannot copy
         self._idle: list[Skeleton] = []
 
-    def copy(self) -> nn.Module:
-        return copy_structure(self.template, find_slots(self.template).tensors.values())
+    def copy(self, traced: bool = False) -> nn.Module:
+        """A structure of one's own, its slots vacant."""
+        return copy_structure(self.template, vacancies(find_slots(self.template).tensors, traced))
 
     def run(self, call: Callable[[Skeleton], Any]) -> Any:
         try:
             skeleton = self._idle.pop()  # atomic: no lock is needed
+            fresh = not skeleton.pristine.unshared()
         except IndexError:
+            skeleton, fresh = self.traced, True
+        if fresh:
             skeleton = Skeleton(self.copy(), self.paths)
         result = call(skeleton)
         if skeleton.pristine.still():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._apply import Apply, wrong_shape
-from ._skeleton import Slots, check_supported, find_slots
+from ._apply import Apply, check_tensors, wrong_shape
+from ._skeleton import Slots, check_is_module, check_supported, find_slots
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._tree import tree_copy
+from ._vacant import vacancies
 from ._words import listed, nearest
 from .errors import LazyModuleError, NamesError
 from .typing import Buffers, Params, Policy
@@ -67,6 +67,7 @@ def stateless(
         >>> out.shape, list(params)
         (torch.Size([4, 2]), ['weight', 'bias'])
     """
+    check_is_module(module)
     if example_args is not None:
         module = _materialized(module, example_args)
     check_supported(module)
@@ -74,32 +75,34 @@ def stateless(
     tensors = slots.tensors
     trainable = tree_copy({name: tensors[name] for name in slots.params}, params, device, dtype)
     others = tree_copy({name: tensors[name] for name in slots.buffers}, buffers, device, dtype)
-    return Stateless(Apply(copy_structure(module, tensors.values()), slots), trainable, others)
+    return Stateless(Apply(copy_structure(module, vacancies(tensors)), slots), trainable, others)
 
 
-def _materialized(module: nn.Module, example_args: Sequence[Any]) -> nn.Module:
-    """A module whose lazy parts have their shapes; everything that had one already is the original's own tensor."""
-    if isinstance(example_args, Tensor):
-        raise LazyModuleError("`example_args` is a tensor; write a tuple of the call's arguments, `example_args=(x,)`")
-    if not any(is_uninitialized(t) for t in find_slots(module).tensors.values()):
+def _materialized(module: nn.Module, example_args: Any) -> nn.Module:
+    """A copy whose lazy parts have their shapes; every other part is as it was, with the original's own tensors."""
+    if isinstance(example_args, Tensor) or not isinstance(example_args, Sequence):
+        raise LazyModuleError("`example_args` is not a tuple of the call's arguments; write `example_args=(x,)`")
+    found = find_slots(module).tensors.values()
+    if not any(is_uninitialized(tensor) for tensor in found):
         return module
-    known = {id(t): t for t in find_slots(module).tensors.values() if not is_uninitialized(t)}
-    trial = copy.deepcopy(module)
-    modes = [part.training for part in trial.modules()]
-    trial.eval()  # shapes only: no statistics are updated
+    trial = copy_structure(module, {id(t): _twin(t) for t in found}).eval()  # shapes only: no statistics are updated
     with torch.no_grad():
         trial(*example_args)
-    for part, training in zip(trial.modules(), modes, strict=True):
-        part.training = training
-    originals = dict(named_parts(module, twice=True))
-    for path, part in named_parts(trial, twice=True):
-        source = originals.get(path)
-        for entries, own in ((part._parameters, "_parameters"), (part._buffers, "_buffers")):
-            for name in entries:
-                tensor = getattr(source, own, {}).get(name)
-                if id(tensor) in known:
-                    entries[name] = tensor
-    return trial
+    result = copy_structure(module, {id(t): _twin(t) if is_uninitialized(t) else t for t in found})
+    tried = dict(named_parts(trial))
+    for path, part in named_parts(result):
+        if any(is_uninitialized(t) for t in (*part._parameters.values(), *part._buffers.values())):
+            mode, shaped = part.training, tried[path]
+            part.__class__, part.__dict__ = shaped.__class__, shaped.__dict__
+            part.training = mode
+    return result
+
+
+def _twin(tensor: Any) -> Tensor:
+    if is_uninitialized(tensor):
+        return type(tensor)(tensor.requires_grad, tensor.data.device, tensor.data.dtype)
+    own = tensor.detach().clone()
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
 
 @torch.no_grad()
@@ -122,10 +125,15 @@ def load_(module: nn.Module, params: Params | None = None, buffers: Buffers | No
         >>> net.bias.item()
         1.0
     """
+    check_is_module(module)
     check_supported(module)
     slots = find_slots(module)
-    given = {**(params or {}), **(buffers or {})}
     _check_load(slots, params, buffers, type(module).__name__)
+    own = {tensor.untyped_storage().data_ptr() for tensor in slots.tensors.values()}
+    given = {**(params or {}), **(buffers or {})}
+    for name, value in given.items():
+        if value.untyped_storage().data_ptr() in own:  # it may be overwritten before it is read
+            given[name] = value.clone()
     owners = dict(named_parts(module))
     for name, value in given.items():
         if name in slots.tensors:
@@ -137,6 +145,9 @@ def load_(module: nn.Module, params: Params | None = None, buffers: Buffers | No
 
 
 def _check_load(slots: Slots, params: Params | None, buffers: Buffers | None, kind: str) -> None:
+    for what, tree in (("params", params), ("buffers", buffers)):
+        if tree is not None:
+            check_tensors(what, tree)
     both = {**(params or {}), **(buffers or {})}
     if params and buffers and (twice := [name for name in params if name in buffers]):
         raise NamesError(f"{listed(twice)} stands in both `params` and `buffers`; give each name once")

@@ -7,7 +7,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,68 +26,94 @@ def named_parts(module: nn.Module, twice: bool = False) -> Iterator[tuple[str, n
     yield from cast("Any", module.named_modules(remove_duplicate=not twice))
 
 
-def placeholder(tensor: Tensor) -> Tensor:
-    """What stands in a slot between calls: shape and dtype but no values, so that late use raises instead of lying."""
-    empty = torch.empty_like(tensor.detach(), device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
-
-
-def copy_structure(module: nn.Module, emptied: Iterable[Tensor] = ()) -> nn.Module:
+def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None) -> nn.Module:
     """Copy a module and all Python state that belongs to it.
 
-    `emptied` are replaced by placeholders wherever they stand; other tensors get own storage.
+    `replaced` gives, by id, what stands for a tensor in the copy; other tensors get own storage.
 
-    `copy.deepcopy` alone would copy the weights, fail on non-leaf tensors and generators, and leave lambdas, closures
-    and hooks pointing at the original module: so the memo is filled beforehand with what must not be left to it.
+    `copy.deepcopy` alone would copy the weights, fail on non-leaf tensors and generators, and leave lambdas, closures,
+    weak references and hooks pointing at the original: so the memo is filled beforehand with what must not be left to
+    it.
     """
-    memo: dict[int, Any] = {}
-    keep: list[Any] = [memo]  # objects whose id stands in the memo must stay alive
-    for tensor in emptied:
-        memo[id(tensor)] = placeholder(tensor)
-    found = list(_reachable(module))
-    keep.append(found)
+    memo: dict[int, Any] = dict(replaced or {})
+    found = list(_reachable(module))  # keeps alive what the memo knows by id
     modules = [item for item in found if isinstance(item, nn.Module)]
+    functions = [item for item in found if isinstance(item, types.FunctionType)]
     for part in modules:
         memo[id(part)] = object.__new__(type(part))
-    functions: list[tuple[types.FunctionType, types.FunctionType]] = []
     for item in found:
+        if id(item) in memo:
+            continue
         if isinstance(item, Tensor):
-            memo.setdefault(id(item), _own_tensor(item))
+            memo[id(item)] = _own_tensor(item)
         elif isinstance(item, torch.Generator):
             memo[id(item)] = item.clone_state()
         elif isinstance(item, types.FunctionType):
-            twin = _twin_function(item)
-            memo[id(item)] = twin
-            functions.append((item, twin))
+            memo[id(item)] = _twin_function(item)
+        elif isinstance(item, weakref.ref):
+            target: Any = cast("weakref.ref[Any]", item)()
+            if id(target) in memo:
+                memo[id(cast("Any", item))] = weakref.ref(memo[id(target)])
     for part in modules:
         shell = memo[id(part)]
         for key, value in part.__dict__.items():
             shell.__dict__[key] = _copy_value(value, memo)
         for key, value in slot_values(part):
             object.__setattr__(shell, key, _copy_value(value, memo))
-    for original, twin in functions:
-        for cell, new_cell in zip(original.__closure__ or (), twin.__closure__ or (), strict=True):
+    for function in functions:
+        twin = memo[id(function)]
+        for cell, new_cell in zip(function.__closure__ or (), twin.__closure__ or (), strict=True):
             if cell is not new_cell:
                 new_cell.cell_contents = _copy_value(cell.cell_contents, memo)
-        if original.__defaults__:
-            twin.__defaults__ = _copy_value(original.__defaults__, memo)
-        if original.__kwdefaults__:
-            twin.__kwdefaults__ = _copy_value(original.__kwdefaults__, memo)
+        twin.__defaults__ = _copy_value(function.__defaults__, memo)
+        twin.__kwdefaults__ = _copy_value(function.__kwdefaults__, memo)
     return cast("nn.Module", memo[id(module)])
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, ATOMIC):
+        return value
+    size = len(memo)
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # locks, files, process groups: things that exist once and are shared as they are
+    except Exception:  # it holds something that exists once: a lock, a file, a process group
+        _forget(memo, size)
+    for item in _walk(value, lambda item: id(item) not in memo):
+        if not any(True for _ in children(item)) and not _copies(item):
+            memo[id(item)] = item  # shared, and it alone
+    size = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        _forget(memo, size)
         return value
+
+
+def _forget(memo: dict[int, Any], size: int) -> None:
+    """Remove the halves of objects that a failed copy has left in its memo."""
+    while len(memo) > size:
+        memo.popitem()
+
+
+def _copies(item: Any) -> bool:
+    try:
+        copy.deepcopy(item)
+    except Exception:
+        return False
+    return True
 
 
 def _own_tensor(tensor: Tensor) -> Tensor:
     # One that needs a gradient is the user's own handle on it (a learned scale in a list): never a copy.
     return tensor if tensor.requires_grad else tensor.detach().clone()
+
+
+# What a module holds -----------------------------------------------------------------------------------------------
+
+_PYTHON = (bool, int, float, complex, str, bytes, range, slice, type, type(None))
+_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+ATOMIC: tuple[type, ...] = (*_PYTHON, *_TORCH, types.ModuleType, types.BuiltinFunctionType)
+"""Types whose values never change, and hold nothing that does."""
 
 
 def slot_values(item: object) -> Iterator[tuple[str, Any]]:
@@ -97,11 +123,6 @@ def slot_values(item: object) -> Iterator[tuple[str, Any]]:
         for name in (names,) if isinstance(names, str) else names:
             if name not in ("__dict__", "__weakref__") and hasattr(item, name):
                 yield name, getattr(item, name)
-
-
-_PYTHON = (bool, int, float, complex, str, bytes, range, slice, type, type(None), weakref.ref)
-_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-ATOMIC: tuple[type, ...] = (*_PYTHON, *_TORCH, types.ModuleType, types.BuiltinFunctionType)
 
 
 def children(item: Any) -> Iterator[Any]:
@@ -132,48 +153,36 @@ def _contents(item: Any) -> Iterator[Any]:
         yield from (item.__defaults__ or (), item.__kwdefaults__ or {})
 
 
+def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
+    """Everything that `root` holds, itself first, each object once; what `enter` refuses is left out."""
+    stack, seen = [root], dict[int, Any]()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, ATOMIC) or id(item) in seen or not enter(item):
+            continue
+        seen[id(item)] = item
+        yield item
+        stack.extend(children(item))
+
+
 def _reachable(module: nn.Module) -> Iterator[Any]:
-    """Every module, tensor and generator that `module` holds, and the functions that close over one of them."""
-    seen: dict[int, Any] = {}
-    order: list[Any] = []
-
-    def visit(root: Any) -> None:
-        stack = [root]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, ATOMIC) or id(item) in seen:
-                continue
-            seen[id(item)] = item
-            order.append(item)
-            stack.extend(children(item))
-
-    visit(module)
-    targets = {id(item) for item in order if isinstance(item, (nn.Module, Tensor, torch.Generator))}
+    """Every module, tensor, generator and weak reference in `module`, and the functions that close over one of them."""
+    order = list(_walk(module, lambda item: True))
+    kinds: Any = (nn.Module, Tensor, torch.Generator, weakref.ref)
+    targets = {id(item) for item in order if isinstance(item, kinds)}
     for item in order:
         if id(item) in targets or (isinstance(item, types.FunctionType) and _closes_over(item, targets)):
             yield item
 
 
 def _closes_over(function: types.FunctionType, targets: set[int]) -> bool:
-    stack, seen = list(children(function)), set[int]()
-    while stack:
-        item = stack.pop()
-        if id(item) in targets:
-            return True
-        if isinstance(item, ATOMIC) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        stack.extend(children(item))
-    return False
+    return any(id(item) in targets for item in _walk(function, lambda item: True))
 
 
 def _twin_function(function: types.FunctionType) -> types.FunctionType:
     """A function with the same code and, where it closes over anything, cells of its own (filled later)."""
     closure = tuple(_twin_cell(cell) for cell in function.__closure__ or ())
-    twin = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure or None
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure or None)
     twin.__dict__.update(function.__dict__)
     twin.__qualname__, twin.__module__, twin.__doc__ = function.__qualname__, function.__module__, function.__doc__
     return twin

@@ -132,6 +132,7 @@ def tree_copy(
 
     Raises:
         PolicyError: the policy is unknown, or it is ``"alias"`` and a leaf would have to be copied.
+        DtypeError: the dtype is not one of floating-point or complex numbers.
 
     Example:
         >>> from statelessify import tree_copy
@@ -143,6 +144,8 @@ def tree_copy(
             f"`policy={policy!r}` is not a copy policy{nearest(str(policy), ('alias', 'clone', 'detach'))}; "
             'write "alias", "clone" or "detach"'
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DtypeError(f"`dtype={dtype!r}` is not a floating-point or complex dtype; write `dtype=torch.float64`")
     target = None if device is None else torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     done: dict[int, Tensor] = {}
 

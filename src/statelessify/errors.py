@@ -9,6 +9,7 @@
      ├── ModuleError (TypeError)                 a module that has no pure form
      │    └── LazyModuleError (also ValueError)  a lazy module that has not seen its first input
      ├── MutationError (RuntimeError)            a module that writes into its own parameters
+     ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
      ├── TaskError (ValueError)                  tasks that do not line up
      │    └── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      ├── LossError (ValueError)                  a loss that is not one real number per task
@@ -25,6 +26,7 @@ __all__ = [
     "DtypeError",
     "HyperparameterError",
     "HyperparameterNameError",
+    "LateUseError",
     "LazyModuleError",
     "LossError",
     "ModuleError",
@@ -77,6 +79,10 @@ class LazyModuleError(ModuleError, ValueError):
 
 class MutationError(StatelessifyError, RuntimeError):
     """A module that writes in place into tensors which the caller owns."""
+
+
+class LateUseError(StatelessifyError, RuntimeError):
+    """A tensor of a module that is used after the call it was passed to, or past its slot."""
 
 
 class TaskError(StatelessifyError, ValueError):
