@@ -56,7 +56,7 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure",
+            "_tree _partition _structure _vacant",
             "_skeleton _rules _functions _task_trees",
             "_apply _tasks _checkpoint optim implicit",
             "_stateless _gradient",
