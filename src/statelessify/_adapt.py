@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._functions import transforming
+from ._functions import OrdinaryTensors, ordinary, transforming
 from ._gradient import Gradient, Unroll, value_and_grad
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from .errors import HyperparameterError, LossError
@@ -87,9 +87,10 @@ def adapt(
         if steps == 0:
             return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
 
+        call = scalar_loss(loss, carry is not None)
+
         def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
             params, opt_state, carry = state
-            call = scalar_loss(loss, carry is not None)
 
             def evaluate(params: Any) -> tuple[Tensor, Any]:
                 return call(params, carry, batch)
@@ -187,7 +188,7 @@ def _kind(value: Any) -> str:
 class outside_inference(AbstractContextManager[Callable[[Any], Any]]):
     """Leaves inference mode, in which no inner gradient can be taken; nothing is recorded all the same.
 
-    It gives a function that copies inference tensors, which autograd refuses, to ordinary ones.
+    It gives a function that copies the inference tensors of a tree; those that a loss closes over are copied too.
     """
 
     def __enter__(self) -> Callable[[Any], Any]:
@@ -196,11 +197,8 @@ class outside_inference(AbstractContextManager[Callable[[Any], Any]]):
             return lambda tree: tree
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(torch.no_grad())
-        return lambda tree: tree if callable(tree) else tree_map(_ordinary, tree)
+        self._stack.enter_context(OrdinaryTensors())
+        return lambda tree: tree if callable(tree) else tree_map(ordinary, tree)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
-
-
-def _ordinary(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

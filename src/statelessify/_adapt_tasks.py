@@ -28,11 +28,11 @@ from ._task_trees import (
     shared,
     sliced,
 )
-from ._tasks import Mapper
-from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ._tasks import Mapper, random_state, set_random_state
+from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from .errors import TaskError
 from .optim import Optimizer, OptState
-from .optim._hyperparameters import PerTask, at_step, has
+from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]
@@ -102,12 +102,13 @@ def adapt_tasks(
         known = {"params": initial, "carry": follow(own(carry))}
         if fixed is not None:
             known["batches"] = fixed
+        count_tasks(**known)
         if opt_state is None:
-            state = _initial_state(optimizer, initial)
+            known["opt_state"] = _initial_state(optimizer, initial)
         else:
-            state = _shared_step(_unwrapped(follow(own(opt_state))))
-        known["opt_state"] = state
+            known["opt_state"] = _unwrapped(follow(own(opt_state)))
         count = count_tasks(**known)
+        state = _shared_step(known["opt_state"])
         first: list[Tasks] = []
         if count is None and callable(batches) and steps > 0:
             first = [as_tasks(own(batches(0, tree_detach(params))), batches_dim, "batches")]
@@ -182,8 +183,11 @@ class _Run(NamedTuple):
         self, state: _State, batch: Tasks, differentiable: bool, size: int
     ) -> tuple[Tensor, Tasks, Any]:
         parts: list[tuple[Tensor, Tasks, Any]] = []
+        numbers = random_state() if self.mapper.randomness == "same" else None
         for start in range(0, self.mapper.tasks, size):
             here = slice(start, start + size)
+            if numbers is not None:
+                set_random_state(numbers)
             params = sliced(per_task(state.params), here).tree
             parts.append(self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable))
         carries = [carry for _, carry, _ in parts]
@@ -196,25 +200,33 @@ class _Run(NamedTuple):
 
     def _update(self, params: Any, grads: Any, opt_state: Tasks) -> tuple[Any, Tasks]:
         """The optimizer's step: for all tasks at once where that is right, else mapped over them."""
-        state = opt_state.tree
-        original = None
-        if isinstance(state, OptState) and has(tuple(state.hyperparameters.values()), callable):
-            # A schedule sees the plain step where all tasks share it, and may return one value per task.
-            marks = marked(opt_state)
-            if not marks.step.mapped:
-                original = marks.hyperparameters
-                now = {name: at_step(spec, state.step) for name, spec in state.hyperparameters.items()}
-                flags = all_marked(now, False)
-                opt_state = _unwrapped(from_marks(marks._replace(hyperparameters=flags)))
-        done = self._update_all(params, grads, opt_state) if self.optimizer.elementwise else None
+        before: Any = marked(opt_state)
+        shared_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
+        state = self._scheduled(params, opt_state) if shared_step else opt_state
+        done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
-            args = joined(per_task(params), per_task(grads), opt_state)
+            args = joined(per_task(params), per_task(grads), state)
             out = marked(self.mapper(self.optimizer.step, args, self.optimizer.step))
             done = from_marks(out[0]).tree, from_marks(out[1])
         new_params, new_state = done
-        if original is not None:
-            new_state = from_marks(marked(new_state)._replace(hyperparameters=original))
+        if shared_step:  # and so it stays, and the schedules with it
+            after = marked(new_state)
+            step = Mark(after.step.leaf[0], False) if after.step.mapped else after.step
+            new_state = from_marks(after._replace(step=step, hyperparameters=before.hyperparameters))
         return new_params, new_state
+
+    def _scheduled(self, params: Any, opt_state: Tasks) -> Tasks:
+        """The state with what its schedules return at this step, which may be one value per task."""
+        state = opt_state.tree
+        if not any(has(spec, is_schedule) for spec in state.hyperparameters.values()):
+            return opt_state
+        now = {name: at_step(spec, state.step) for name, spec in state.hyperparameters.items()}
+        names, shapes = tree_names(params), [leaf.shape[1:] for leaf in tree_leaves(params)]
+        for name, spec in now.items():
+            check_fits(name, spec, names, shapes)
+        found = _unwrapped(from_marks(marked(opt_state)._replace(hyperparameters=all_marked(now, False))))
+        count_tasks(opt_state=found, params=per_task(params))
+        return found
 
     def _update_all(self, params: Any, grads: Any, opt_state: Tasks) -> tuple[Any, Tasks] | None:
         """One call for all tasks; None unless everything is either shared or exactly like a parameter."""

@@ -16,17 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import (
     _add_batch_dim,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 __all__: list[str] = []
 
 
 def transforming() -> bool:
-    """Whether a functorch transform is active here, or dynamo traces."""
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
+    """Whether a functorch transform or a forward-mode level is active here, or dynamo traces."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What a tensor holds below all transforms."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -153,6 +165,31 @@ def _instance_norm(
     return _affine(out, weight, bias, input.dtype)
 
 
+def _native_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(-len(normalized_shape), 0))
+    _, mean, var = _standardize(_accumulate(input), dims, eps)
+    return _layer_norm(input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(var + eps)
+
+
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return out, input.new_empty(0), input.new_empty(0)
+    _, mean, var = _standardize(_accumulate(input), [0, *range(2, input.ndim)], eps)
+    return out, mean.flatten(), torch.rsqrt(var + eps).flatten()
+
+
 def _torch_batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -181,11 +218,13 @@ def _torch_instance_norm(
     return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
-_ELEMENTARY: dict[Any, Callable[..., Tensor]] = {
+_ELEMENTARY: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    torch.native_layer_norm: _native_layer_norm,
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
+    torch.native_batch_norm: _native_batch_norm,
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
 }
@@ -213,3 +252,21 @@ def elementary_norms() -> AbstractContextManager[Any]:
 def norms_for_transforms() -> AbstractContextManager[Any]:
     """The mode where a transform is active; nothing in plain eager code, which stays free of its cost."""
     return elementary_norms() if transforming() else nullcontext()
+
+
+class OrdinaryTensors(TorchFunctionMode):
+    """Copies inference tensors, which autograd refuses, where a function meets them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*map(ordinary, args), **{name: ordinary(value) for name, value in (kwargs or {}).items()})
+
+
+def ordinary(leaf: Any) -> Any:
+    """A copy of an inference tensor, or of a list or tuple that holds some; anything else as it is."""
+    if isinstance(leaf, Tensor):
+        return leaf.clone() if unwrapped(leaf).is_inference() else leaf
+    if type(leaf) in (list, tuple):
+        return type(leaf)(map(ordinary, leaf))
+    return leaf

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ._functions import norms_for_transforms, transforming
+from ._functions import elementary_norms, norms_for_transforms, transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
 
 __all__ = ["FirstOrder", "Unroll"]
@@ -65,19 +66,20 @@ class FirstOrder:
         return _loop(step, state, batch_at, steps, differentiable=False)
 
 
-_checked: set[Any] = set()
+_warned: set[Any] = set()
 
 
-def _warn_of_lost(total: Tensor, inputs: list[Tensor], given: Any, source: Callable[..., Any]) -> None:
+def _warn_of_lost(total: Tensor, inputs: list[Tensor], aux: Any, given: Any, source: Callable[..., Any]) -> None:
     """Name the tensors that need a gradient and get none through first-order steps; once for each loss."""
-    key = getattr(source, "__code__", source)
-    if key in _checked:
+    key = getattr(source, "__code__", id(source))
+    if key in _warned:
         return
-    _checked.add(key)
-    reached = _leaf_variables([p.grad_fn for p in inputs]) | {id(p): p for p in inputs}
+    roots = [t.grad_fn for t in (*inputs, *tree_leaves(aux)) if isinstance(t, Tensor)]
+    reached = _leaf_variables(roots) | {id(p): p for p in inputs}
     lost = {key: leaf for key, leaf in _leaf_variables([total.grad_fn]).items() if key not in reached}
     if not lost:
         return
+    _warned.add(key)
     names = {id(leaf): name for name, leaf in zip(tree_names(given), tree_leaves(given), strict=True)}
     words = [
         f"`{names[key]}`" if key in names else f"a closed-over tensor of shape {tuple(leaf.shape)}"
@@ -131,12 +133,14 @@ def _eager(
     leaves, spec = tree_flatten(params)
     with torch.enable_grad():
         inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
-        values, aux = evaluate(tree_unflatten(spec, inputs))
+        create = recording and differentiable
+        # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
+        with elementary_norms() if create else nullcontext():
+            values, aux = evaluate(tree_unflatten(spec, inputs))
         total = values.sum()
         aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
-        create = recording and differentiable
         if recording and not differentiable:
-            _warn_of_lost(total, inputs, given, source)
+            _warn_of_lost(total, inputs, aux, given, source)
         if total.requires_grad and inputs:
             found = torch.autograd.grad(
                 total, inputs, create_graph=create, retain_graph=create or aux_needs_graph, allow_unused=True

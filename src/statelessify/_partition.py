@@ -15,6 +15,14 @@ from .typing import Tree
 __all__ = ["combine", "partition"]
 
 
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+# What `torch.compiler.assume_constant_result` sets, but without importing all of dynamo, which cannot trace `fnmatch`.
+_matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def glob_matches(patterns: Iterable[str], names: Sequence[str]) -> dict[str, list[str]]:
     """The patterns that each name matches; a pattern that matches nothing is an error.
 
@@ -24,7 +32,7 @@ def glob_matches(patterns: Iterable[str], names: Sequence[str]) -> dict[str, lis
     for pattern in patterns:
         if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise NamesError(f"`{pattern!r}` is not a name or a glob; write a string such as 'head.*'")
-        hits = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        hits = [name for name in names if _matches(name, pattern)]
         if not hits:
             raise NamesError(f"`{pattern}` matches no name{nearest(pattern, names)}; the names are {listed(names)}")
         for name in hits:

@@ -76,14 +76,22 @@ def count_tasks(**trees: Tasks) -> int | None:
     Raises:
         TaskError: the leading dimensions differ, or are zero.
     """
-    quick = {leaf.shape[0] for each in trees.values() for leaf, m in zip(each.leaves, each.mapped, strict=True) if m}
+    quick = {
+        leaf.shape[0] if leaf.ndim else 0
+        for each in trees.values()
+        for leaf, mapped in zip(each.leaves, each.mapped, strict=True)
+        if mapped
+    }
     if len(quick) == 1 and 0 not in quick:
         return quick.pop()
     sizes: dict[str, int] = {}
-    for what, tasks in trees.items():
-        for name, leaf, mapped in zip(tree_names(tasks.tree), tasks.leaves, tasks.mapped, strict=True):
+    for what, each in trees.items():
+        for name, leaf, mapped in zip(tree_names(each.tree), each.leaves, each.mapped, strict=True):
+            where = f"{what}.{name}" if name else what
+            if mapped and leaf.ndim == 0:
+                raise TaskError(f"`{where}` has no task dimension; give it one entry per task")
             if mapped:
-                sizes[f"{what}.{name}" if name else what] = leaf.shape[0]
+                sizes[where] = leaf.shape[0]
     if len(set(sizes.values())) > 1:
         raise TaskError(
             f"the leading dimensions differ: {', '.join(f'`{k}` has {v}' for k, v in sizes.items())}; "
@@ -93,6 +101,19 @@ def count_tasks(**trees: Tasks) -> int | None:
     if found == 0:
         raise TaskError(f"there are zero tasks: the leading dimension of `{next(iter(sizes))}` is 0; pass at least one")
     return found
+
+
+def share_integers(tasks: Tasks) -> Tasks:
+    """Counters that were expanded at the border are one number again: a module may read it (`BatchNorm`)."""
+
+    def is_expanded(leaf: Any, mapped: bool) -> bool:
+        return mapped and leaf.stride(0) == 0 and not (leaf.is_floating_point() or leaf.is_complex())
+
+    expanded = [is_expanded(leaf, mapped) for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)]
+    if not any(expanded) or expanded == tasks.mapped:
+        return tasks
+    leaves = [leaf[0] if each else leaf for leaf, each in zip(tasks.leaves, expanded, strict=True)]
+    return tasks._replace(leaves=leaves, mapped=[m and not e for m, e in zip(tasks.mapped, expanded, strict=True)])
 
 
 class Mark:

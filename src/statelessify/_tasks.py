@@ -14,7 +14,7 @@ from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
 from ._functions import elementary_norms, norms_for_transforms
-from ._task_trees import Tasks, as_tasks, count_tasks
+from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
     TreeSpec,
     same_static,
@@ -24,7 +24,7 @@ from ._tree import (
     tree_unflatten,
 )
 from ._words import nearest
-from .errors import StatelessifyError, TaskError, TreeError, VmapError
+from .errors import RandomnessError, StatelessifyError, TaskError, TreeError, VmapError
 from .typing import Backend, InDims, Randomness
 
 __all__ = ["over_tasks"]
@@ -137,20 +137,19 @@ class Mapper:
 
     def __call__(self, fn: Callable[..., Any], args: Tasks, source: Callable[..., Any] | None = None) -> Tasks:
         """``fn(*args)`` for each task; `source` is the user's function, for messages."""
+        args = share_integers(args)
         count = next((leaf.shape[0] for leaf, m in zip(args.leaves, args.mapped, strict=True) if m), self.tasks)
         if self._loops:
             return _loop(fn, args, count, self.randomness)
         if torch.compiler.is_compiling():
             return _vmap(fn, args, self.chunk_size, self.randomness)
-        before = _random_state()
+        before = random_state()
         try:
             return _vmap(fn, args, self.chunk_size, self.randomness)
         except StatelessifyError:
             raise
         except Exception as error:
-            if self.randomness == "error":
-                raise
-            _set_random_state(before)
+            set_random_state(before)
             result = _loop(fn, args, count, self.randomness)  # if it raises too, its error is the one that helps
             blamed, reason = _blame(error, source or fn), _first_line(error)
             if not self._falls_back:
@@ -225,15 +224,21 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
     columns = [
         leaf.unbind(0) if mapped else [leaf] * count for leaf, mapped in zip(args.leaves, args.mapped, strict=True)
     ]
-    state = _random_state() if randomness == "same" else None
+    state = random_state() if randomness == "same" else None
+    before = random_state() if randomness == "error" else None
     rows: list[list[Any]] = []
     spec: TreeSpec | None = None
     names: list[str] = []
     for index in range(count):
         if state is not None:
-            _set_random_state(state)
+            set_random_state(state)
         with norms_for_transforms():
             out = fn(*tree_unflatten(args.spec, [column[index] for column in columns]))
+        if before is not None and not all(map(torch.equal, before, random_state())):
+            raise RandomnessError(
+                f'`{getattr(fn, "__name__", fn)}` draws random numbers, which `randomness="error"` forbids; write '
+                '"different" or "same"'
+            )
         row, other = tree_flatten(out)
         if spec is None:
             spec, names = other, tree_names(out)
@@ -248,14 +253,14 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
     return Tasks(stacked, [isinstance(leaf, Tensor) for leaf in stacked], spec)
 
 
-def _random_state() -> list[Tensor]:
+def random_state() -> list[Tensor]:
     states = [torch.get_rng_state()]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     return states
 
 
-def _set_random_state(states: list[Tensor]) -> None:
+def set_random_state(states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state_all(states[1:])

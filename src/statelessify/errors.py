@@ -11,7 +11,8 @@
      ├── MutationError (RuntimeError)            a module that writes into its own parameters
      ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
      ├── TaskError (ValueError)                  tasks that do not line up
-     │    └── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
+     │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
+     │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
      ├── LossError (ValueError)                  a loss that is not one real number per task
      └── HyperparameterError (ValueError)        a value that no optimizer can use
           └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
@@ -33,6 +34,7 @@ __all__ = [
     "MutationError",
     "NamesError",
     "PolicyError",
+    "RandomnessError",
     "ShapeError",
     "StatelessifyError",
     "TaskError",
@@ -91,6 +93,10 @@ class TaskError(StatelessifyError, ValueError):
 
 class VmapError(TaskError, RuntimeError):
     """A function that torch cannot batch, where the caller insisted on ``backend="vmap"``."""
+
+
+class RandomnessError(TaskError, RuntimeError):
+    """A function that draws random numbers, where the caller has forbidden them."""
 
 
 class LossError(StatelessifyError, ValueError):

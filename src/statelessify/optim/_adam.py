@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import HyperparameterError
 from ._hyperparameters import Range, refuse_unknown
 from ._optimizer import Optimizer, elementwise, is_zero, safe_sqrt
 
@@ -66,10 +65,6 @@ def adam(
     refuse_unknown("adam", unknown, ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"))
     if isinstance(betas, list):
         betas = tuple(betas)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if isinstance(betas, tuple) and len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
-        raise HyperparameterError(f"`betas={betas!r}` is not a pair; write `betas=(0.9, 0.999)`")
-    if isinstance(betas, (int, float)):
-        raise HyperparameterError(f"`betas={betas!r}` is one number; write a pair, `betas=(0.9, 0.999)`")
     with_decay = not is_zero(weight_decay)
 
     def prepare(values: dict[str, Any], step: Tensor) -> _Corrections:
@@ -98,4 +93,5 @@ def adam(
         ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())),
         update,
         prepare,
+        pairs=("betas",),
     )

@@ -84,19 +84,27 @@ def refuse_unknown(kind: str, unknown: dict[str, Any], known: Sequence[str]) -> 
         raise HyperparameterNameError(f"`{kind}` has no `{name}`{nearest(name, known)}; it has {listed(known)}")
 
 
-def check_ranges(name: str, spec: Any, range_: Range) -> None:
+def is_schedule(spec: Any) -> bool:
+    return not isinstance(spec, (int, float, Tensor, dict, tuple, PerTask)) and callable(spec)
+
+
+def check_ranges(name: str, spec: Any, range_: Range, pair: bool = False) -> None:
     """Check the plain numbers in a specification; tensors and schedules cannot be checked without waiting for them."""
-    if isinstance(spec, Tensor) or callable(spec):
+    if is_schedule(spec):
         return
     if isinstance(spec, PerTask):
-        return
-    if isinstance(spec, dict):
+        if pair:
+            check_ranges(name, spec.tree, range_, pair)
+    elif isinstance(spec, dict):
         for key, value in cast("dict[str, Any]", spec).items():
-            check_ranges(f"{name}[{key!r}]", value, range_)
-    elif isinstance(spec, tuple):
+            check_ranges(f"{name}[{key!r}]", value, range_, pair)
+    elif pair:
+        if not isinstance(spec, tuple) or len(cast("tuple[Any, ...]", spec)) != 2:
+            shown = f"a tensor of shape {tuple(spec.shape)}" if isinstance(spec, Tensor) else repr(cast("Any", spec))
+            raise HyperparameterError(f"`{name}` is {shown}, not a pair; write `{name}=(0.9, 0.999)`")
         for index, value in enumerate(cast("tuple[Any, ...]", spec)):
             check_ranges(f"{name}[{index}]", value, range_)
-    else:
+    elif not isinstance(spec, Tensor):
         range_.check(name, spec)
 
 
@@ -171,7 +179,7 @@ def has(spec: Any, kind: Callable[[Any], bool]) -> bool:
 
 def at_step(spec: Any, step: Tensor) -> Any:
     """The specification with each callable replaced by what it returns at this step."""
-    if callable(spec):
+    if is_schedule(spec):
         return at_step(spec(step), step)
     if isinstance(spec, dict):
         return {key: at_step(value, step) for key, value in cast("dict[str, Any]", spec).items()}
@@ -192,7 +200,7 @@ def per_leaf(
     hyperparameters: dict[str, Any], step: Tensor, names: Callable[[], list[str]], shapes: Sequence[torch.Size]
 ) -> Iterator[dict[str, Any]]:
     """The hyperparameters of each parameter at this step; one and the same dict where all parameters share them."""
-    if has(hyperparameters, callable):
+    if any(has(spec, is_schedule) for spec in hyperparameters.values()):
         hyperparameters = {name: at_step(spec, step) for name, spec in hyperparameters.items()}
         for name, spec in hyperparameters.items():
             check_fits(name, spec, names(), shapes)

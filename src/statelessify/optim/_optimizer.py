@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from .._tree import (
     tree_names,
     tree_unflatten,
 )
-from ..errors import TreeError
+from .._words import listed
+from ..errors import ShapeError, TreeError
 from ..typing import Tree
 from ._hyperparameters import Range, check_fits, check_ranges, per_leaf
 
@@ -102,8 +103,10 @@ class Rule(NamedTuple):
         new_leaves: list[Tensor] = []
         new_slots: dict[str, list[Tensor]] = {slot: [] for slot in slots}
         shapes = [leaf.shape for leaf in leaves]
+        self._check_slots(params, slots, shapes)
         values = per_leaf(state.hyperparameters, state.step, lambda: tree_names(params), shapes)
         for index, (leaf, gradient, value) in enumerate(zip(leaves, gradients, values, strict=True)):
+            value = _on_pairs(value) if leaf.is_complex() else value
             if id(value) not in prepared:
                 prepared[id(value)] = value, self.prepare(value, state.step)
             own = {slot: column[index] for slot, column in slots.items()}
@@ -118,18 +121,58 @@ class Rule(NamedTuple):
             slots={slot: tree_unflatten(spec, column) for slot, column in new_slots.items()},
         )
 
+    def _check_slots(self, params: Tree, slots: dict[str, list[Any]], shapes: list[torch.Size]) -> None:
+        if slots.keys() != set(self.slots):
+            raise TreeError(
+                f"the state has the slots {listed(slots)}, but this optimizer has {listed(self.slots)}; pass the state "
+                "of an optimizer of the same kind and options"
+            )
+        for slot, column in slots.items():
+            found = [getattr(tensor, "shape", None) for tensor in column]
+            if found != shapes:
+                raise ShapeError(
+                    f"slot `{slot}` of the state does not fit the parameters {listed(tree_names(params))}: it has "
+                    f"{list(map(_words, found))}, they have {list(map(_words, shapes))}; pass a state of these "
+                    "parameters (with `in_dims=0`, both per task)"
+                )
+
+
+def _words(shape: torch.Size | None) -> str:
+    return "no shape" if shape is None else str(tuple(shape))
+
 
 def _on_reals(
     update: Update, leaf: Tensor, gradient: Tensor, slots: dict[str, Tensor], value: dict[str, Any], prepared: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Complex parameters are pairs of reals, as in torch.optim."""
     if not leaf.is_complex():
-        return update(leaf, gradient, slots, value, prepared)
-    as_real, as_complex = torch.view_as_real, torch.view_as_complex
-    pairs = {slot: as_real(tensor) for slot, tensor in slots.items()}
-    value = {name: v.unsqueeze(-1) if isinstance(v, Tensor) and v.ndim else v for name, v in value.items()}
-    new, pairs = update(as_real(leaf), as_real(gradient), pairs, value, prepared)
-    return as_complex(new), {slot: as_complex(tensor) for slot, tensor in pairs.items()}
+        return update(leaf, gradient, slots, _cast(value, leaf), prepared)
+    pairs = {slot: _as_real(tensor) for slot, tensor in slots.items()}
+    reals = _as_real(leaf)
+    new, pairs = update(reals, _as_real(gradient), pairs, _cast(value, reals), prepared)
+    return torch.view_as_complex(new), {slot: torch.view_as_complex(tensor) for slot, tensor in pairs.items()}
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj())
+
+
+def _on_pairs(value: Any) -> Any:
+    """Hyperparameters of a complex parameter, broadcast over its real and imaginary parts."""
+    if isinstance(value, dict):
+        return {name: _on_pairs(each) for name, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        return tuple(_on_pairs(each) for each in cast("tuple[Any, ...]", value))
+    return value.unsqueeze(-1) if isinstance(value, Tensor) and value.ndim else value
+
+
+def _cast(value: Any, leaf: Tensor) -> Any:
+    """Hyperparameters in the parameter's dtype and on its device: they never promote it."""
+    if isinstance(value, dict):
+        return {name: _cast(each, leaf) for name, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        return tuple(_cast(each, leaf) for each in cast("tuple[Any, ...]", value))
+    return value.to(leaf.device, leaf.dtype) if isinstance(value, Tensor) else value
 
 
 def elementwise(
@@ -138,10 +181,11 @@ def elementwise(
     slots: tuple[str, ...],
     update: Update,
     prepare: Callable[[dict[str, Any], Tensor], Any] = lambda values, step: None,
+    pairs: tuple[str, ...] = (),
 ) -> Optimizer:
     """An optimizer of an elementwise rule, its numbers checked."""
     for name, spec in hyperparameters.items():
-        check_ranges(name, spec, ranges.get(name, Range()))
+        check_ranges(name, spec, ranges.get(name, Range()), name in pairs)
     rule = Rule(hyperparameters, slots, update, prepare)
     return Optimizer(rule.init, rule.step, elementwise=True)
 
@@ -156,5 +200,5 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     Exact for ``g / (sqrt(g * g) + eps)``, whose derivative at ``g = 0`` is ``1 / eps``.
     """
-    positive = x > 0
+    positive = x > torch.finfo(x.dtype).tiny  # below it the second derivative overflows
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)

@@ -57,7 +57,7 @@ def sgd(
 
     def prepare(values: dict[str, Any], step: Tensor) -> Any:
         # The first buffer is the gradient itself, without dampening.
-        return torch.where(step == 0, 0.0, 1.0) if dampened and with_momentum else None
+        return (step != 0).to(torch.float64) if dampened and with_momentum else None
 
     def update(
         p: Tensor, g: Tensor, slots: dict[str, Tensor], values: dict[str, Any], warm: Any
