@@ -40,9 +40,7 @@ def _looks_public(module: ModuleType, name: str) -> bool:
     if name.startswith("_"):
         return False
     value = getattr(module, name)
-    origin = (
-        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", module.__name__)
-    )
+    origin = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", module.__name__)
     if not hasattr(module, "__path__"):
         return origin == module.__name__
     submodule = isinstance(value, ModuleType) and origin.startswith(module.__name__ + ".")
@@ -221,9 +219,7 @@ def _project_files() -> list[Path]:
 @pytest.mark.parametrize(
     "pattern",
     [
-        pytest.param(
-            r"\b(?:pypi|pythonhosted|npmjs|anaconda|download\.pytorch)\.(?:org|com)\b", id="registry"
-        ),
+        pytest.param(r"\b(?:pypi|pythonhosted|npmjs|anaconda|download\.pytorch)\.(?:org|com)\b", id="registry"),
         pytest.param(r"(?<![\w.~/-])/(?:work|tmp|home|root|opt|mnt|Users)/\w", id="path of one machine"),
     ],
 )
