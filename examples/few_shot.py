@@ -23,14 +23,15 @@ from tqdm import trange
 
 from statelessify import adapt_tasks, optim, over_tasks, stateless
 
-TASKS, INNER_LR, OUTER_LR, DISTORTION = 8, 0.4, 3e-3, 0.1
+TASKS, INNER_LR, OUTER_LR = 8, 0.4, 3e-3
+DISTORTION, COPIES = 0.1, 4  # the support's images in distorted copies: one alone gives poor batch statistics
 TEST_QUERIES, TEST_STEPS, TEST_SEED = 15, 5, 2**40  # training seeds are small numbers
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default=os.environ.get("OMNIGLOT"), help="Omniglot's folder (default: $OMNIGLOT)")
 parser.add_argument("--out", default="pictures", help="folder for the picture (default: pictures)")
 parser.add_argument("--fast", action="store_true", help="small settings, to see it work")
-numbers = {"ways": 5, "shots": 1, "queries": 5, "inner-steps": 1, "meta-steps": 12_000, "channels": 32, "seed": 0}
+numbers = {"ways": 5, "shots": 1, "queries": 5, "inner-steps": 1, "meta-steps": 10_000, "channels": 32, "seed": 0}
 for name, default in {**numbers, "test-tasks": 600}.items():
     parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
 if parser.parse_known_args()[0].fast:
@@ -64,17 +65,17 @@ print(f"Trains on {', '.join(seen)} ({len(train)} classes), tests on {', '.join(
 
 
 def sample_tasks(images: Tensor, tasks: int, queries: int, generator: torch.Generator, distortion: float = 0.0):
-    """Supports and queries: images `(tasks, n, 1, 28, 28)`, each slightly distorted, and labels `(tasks, n)`."""
+    """Supports, in distorted copies, and queries: images `(tasks, n, 1, 28, 28)` and labels `(tasks, n)`."""
     classes = torch.rand(tasks, len(images), generator=generator).topk(args.ways).indices
     chosen = torch.rand(tasks, args.ways, images.shape[1], generator=generator).topk(args.shots + queries).indices
     x = images[classes[..., None], chosen].unsqueeze(3)
     y = torch.arange(args.ways)[:, None].expand(chosen.shape)
     batches = []
-    for s in (slice(args.shots), slice(args.shots, None)):
-        part = x[:, :, s].flatten(0, 2)
-        maps = torch.eye(2, 3) + distortion * torch.randn(len(part), 2, 3, generator=generator)
+    for s, copies, strength in ((slice(args.shots), COPIES, DISTORTION), (slice(args.shots, None), 1, distortion)):
+        part = x[:, :, s].repeat(1, 1, copies, 1, 1, 1).flatten(0, 2)
+        maps = torch.eye(2, 3) + strength * torch.randn(len(part), 2, 3, generator=generator)
         part = F.grid_sample(part, F.affine_grid(maps, part.shape, False), align_corners=False)
-        batches.append((part.view(tasks, -1, 1, 28, 28), y[:, :, s].flatten(1)))
+        batches.append((part.view(tasks, -1, 1, 28, 28), y[:, :, s].repeat(1, 1, copies).flatten(1)))
     return batches
 
 
@@ -95,7 +96,6 @@ def loss(params, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # 3. Meta-training: of the initial weights, and of one inner learning rate for each parameter --------------
-
 rates = {name: torch.tensor(INNER_LR, requires_grad=True) for name in params}
 inner = optim.sgd(lr=rates)
 outer = torch.optim.Adam([*params.values(), *rates.values()], lr=OUTER_LR)
@@ -114,7 +114,6 @@ for _ in (bar := trange(args.meta_steps, desc="meta-training", mininterval=0.5))
 print(f"\n{args.ways}-way {args.shots}-shot: {args.meta_steps:,} meta-steps in {bar.format_dict['elapsed']:.0f} s")
 
 # 4. Test on new characters: accuracy `(steps, tasks)` in percent after 0, 1, ... inner steps ------------------------
-
 supports, (x, y) = sample_tasks(test, args.test_tasks, TEST_QUERIES, torch.Generator().manual_seed(TEST_SEED))
 label = over_tasks(lambda params, x: apply(params, buffers, x)[0].argmax(-1), in_dims=0, chunk_size=20)
 with torch.no_grad():
@@ -126,8 +125,8 @@ accuracy = 100 * (labels == y).float().mean(2)
 mean, band = accuracy.mean(1), 1.96 * accuracy.std(1) / args.test_tasks**0.5
 
 # 5. The table, and a picture: left the first test task with a row for each class, right the accuracy ---------------
-
-images = torch.cat([part[0].reshape(args.ways, -1, 28, 28) for part in (supports[0], x)], 1)
+rows = ((supports[0], args.shots), (x, 10))
+images = torch.cat([part[0].reshape(args.ways, -1, 28, 28)[:, :count] for part, count in rows], 1)
 figure = plt.figure(figsize=(13, 0.7 * args.ways + 0.8), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=(5, 2))
 left.suptitle("gray: the support; green: right; red: wrong, taken for the class of the letter")
