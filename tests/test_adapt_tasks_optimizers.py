@@ -144,3 +144,44 @@ def test_complex_parameters() -> None:
         for choices in ({"backend": "vmap"}, {"backend": "loop"}, {"chunk_size": 3}):
             found = adapt_tasks(loss, params, batches, optimizer=optimizer, steps=2, **choices)
             assert_close(found, expected)
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "vmap", "loop"])
+def test_a_step_that_changes_its_hyperparameters_is_heard(elementwise: bool, scheduled: bool, backend: Any) -> None:
+    """A rate that decays in the state itself, beside a number that may follow a schedule."""
+    scale: Any = (lambda step: 0.5) if scheduled else 0.5
+
+    def init(params: Tensor) -> optim.OptState:
+        return optim.OptState(torch.tensor(0), {"lr": torch.tensor(0.4), "scale": scale}, {})
+
+    def step(params: Tensor, grads: Tensor, state: optim.OptState) -> tuple[Tensor, optim.OptState]:
+        values = state.hyperparameters
+        factor = values["scale"](state.step) if callable(values["scale"]) else values["scale"]
+        later = {**values, "lr": values["lr"] * 0.5}
+        return params - factor * values["lr"] * grads, optim.OptState(state.step + 1, later, {})
+
+    optimizer = optim.Optimizer(init, step, elementwise=elementwise)
+    loss = lambda w, b: ((w - b) ** 2).sum()
+    w, b = torch.zeros(2), torch.randn(4, 2)
+    options: Any = {"optimizer": optimizer, "steps": 3}
+    found = adapt_tasks(loss, w, b, backend=backend, **options)
+    expected = [adapt(loss, w, each, **options) for each in b]
+    torch.testing.assert_close(found.params, torch.stack([each.params for each in expected]))
+    torch.testing.assert_close(found.opt_state.hyperparameters["lr"], torch.full((4,), 0.05))
+    assert found.opt_state.hyperparameters["scale"] is scale
+
+
+def test_a_rate_per_task_beside_a_schedule() -> None:
+    rates = torch.tensor([0.1, 0.2, 0.3])
+    decay = lambda step: 0.1 * (step + 1)
+    loss = lambda w, b: ((w - b) ** 2).sum()
+    w, b = torch.ones(2), torch.randn(3, 2)
+    both = optim.sgd(lr=optim.per_task(rates), weight_decay=decay)
+    found = adapt_tasks(loss, w, b, optimizer=both, steps=3).params
+    each = [
+        adapt(loss, w, one, optimizer=optim.sgd(lr=rate, weight_decay=decay), steps=3).params
+        for one, rate in zip(b, rates, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(each))

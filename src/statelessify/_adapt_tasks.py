@@ -208,23 +208,27 @@ class _Run(NamedTuple):
             args = joined(per_task(params), per_task(grads), state)
             out = marked(self.mapper(self.optimizer.step, args, self.optimizer.step))
             done = from_marks(out[0]).tree, from_marks(out[1])
+        elif state is opt_state:
+            return done
         new_params, new_state = done
         if shared_step:  # and so it stays, and the schedules with it
             after = marked(new_state)
             step = Mark(after.step.leaf[0], False) if after.step.mapped else after.step
-            new_state = from_marks(after._replace(step=step, hyperparameters=before.hyperparameters))
+            schedules = {name: before.hyperparameters[name] for name in _schedules(opt_state.tree)}
+            new_state = from_marks(after._replace(step=step, hyperparameters={**after.hyperparameters, **schedules}))
         return new_params, new_state
 
     def _scheduled(self, params: Any, opt_state: Tasks) -> Tasks:
         """The state with what its schedules return at this step, which may be one value per task."""
-        state = opt_state.tree
-        if not any(has(spec, is_schedule) for spec in state.hyperparameters.values()):
+        state, marks = opt_state.tree, marked(opt_state)
+        now = {name: at_step(state.hyperparameters[name], state.step) for name in _schedules(state)}
+        if not now:
             return opt_state
-        now = {name: at_step(spec, state.step) for name, spec in state.hyperparameters.items()}
         names, shapes = tree_names(params), [leaf.shape[1:] for leaf in tree_leaves(params)]
         for name, spec in now.items():
             check_fits(name, spec, names, shapes)
-        found = _unwrapped(from_marks(marked(opt_state)._replace(hyperparameters=all_marked(now, False))))
+        known = {**marks.hyperparameters, **all_marked(now, False)}
+        found = _unwrapped(from_marks(marks._replace(hyperparameters=known)))
         count_tasks(opt_state=found, params=per_task(params))
         return found
 
@@ -240,9 +244,21 @@ class _Run(NamedTuple):
         new_params, new_state = self.optimizer.step(params, grads, state)
         if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
             return None
+        if not _same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task
+            return None
         common = all_marked(new_state._replace(slots={}), False)
         slots = all_marked(new_state.slots, True)
         return new_params, from_marks(common._replace(slots=slots))
+
+
+def _schedules(state: OptState) -> list[str]:
+    """The hyperparameters that a callable of the step gives, in whole or for some parameters."""
+    return [name for name, spec in state.hyperparameters.items() if has(spec, is_schedule)]
+
+
+def _same_leaves(tree: Any, other: Any) -> bool:
+    (leaves, spec), (others, other_spec) = tree_flatten(tree), tree_flatten(other)
+    return spec == other_spec and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 def _like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
