@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .._tree import (
     require_floating,
     tree_flatten,
     tree_leaves,
+    tree_map,
     tree_names,
     tree_unflatten,
 )
@@ -106,7 +108,7 @@ class Rule(NamedTuple):
         self._check_slots(params, slots, shapes)
         values = per_leaf(state.hyperparameters, state.step, lambda: tree_names(params), shapes)
         for index, (leaf, gradient, value) in enumerate(zip(leaves, gradients, values, strict=True)):
-            value = _on_pairs(value) if leaf.is_complex() else value
+            value = tree_map(_on_pairs, value) if leaf.is_complex() else value
             if id(value) not in prepared:
                 prepared[id(value)] = value, self.prepare(value, state.step)
             own = {slot: column[index] for slot, column in slots.items()}
@@ -146,10 +148,10 @@ def _on_reals(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Complex parameters are pairs of reals, as in torch.optim."""
     if not leaf.is_complex():
-        return update(leaf, gradient, slots, _cast(value, leaf), prepared)
+        return update(leaf, gradient, slots, tree_map(partial(_like, leaf), value), prepared)
     pairs = {slot: _as_real(tensor) for slot, tensor in slots.items()}
     reals = _as_real(leaf)
-    new, pairs = update(reals, _as_real(gradient), pairs, _cast(value, reals), prepared)
+    new, pairs = update(reals, _as_real(gradient), pairs, tree_map(partial(_like, reals), value), prepared)
     return torch.view_as_complex(new), {slot: torch.view_as_complex(tensor) for slot, tensor in pairs.items()}
 
 
@@ -158,20 +160,12 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 def _on_pairs(value: Any) -> Any:
-    """Hyperparameters of a complex parameter, broadcast over its real and imaginary parts."""
-    if isinstance(value, dict):
-        return {name: _on_pairs(each) for name, each in cast("dict[str, Any]", value).items()}
-    if isinstance(value, tuple):
-        return tuple(_on_pairs(each) for each in cast("tuple[Any, ...]", value))
+    """A hyperparameter of a complex parameter, broadcast over its real and imaginary parts."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.ndim else value
 
 
-def _cast(value: Any, leaf: Tensor) -> Any:
-    """Hyperparameters in the parameter's dtype and on its device: they never promote it."""
-    if isinstance(value, dict):
-        return {name: _cast(each, leaf) for name, each in cast("dict[str, Any]", value).items()}
-    if isinstance(value, tuple):
-        return tuple(_cast(each, leaf) for each in cast("tuple[Any, ...]", value))
+def _like(leaf: Tensor, value: Any) -> Any:
+    """A hyperparameter in the parameter's dtype and on its device: it never promotes it."""
     return value.to(leaf.device, leaf.dtype) if isinstance(value, Tensor) else value
 
 
