@@ -54,10 +54,12 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant",
-            "_skeleton _rules _functions _task_trees",
-            "_apply _tasks _checkpoint optim implicit",
-            "_stateless _gradient",
+            "_tree _partition _structure _vacant _transforms",
+            "rules _task_trees",
+            "_skeleton _tasks _checkpoint optim implicit",
+            "_kept _gradient",
+            "_apply",
+            "_stateless",
             "_adapt explain",
             "_adapt_tasks",
             "compat testing distributed",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._functions import OrdinaryTensors, ordinary, transforming
 from ._gradient import Gradient, Unroll, value_and_grad
+from ._transforms import OrdinaryTensors, ordinary, transforming
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from .errors import HyperparameterError, LossError
 from .optim import Optimizer

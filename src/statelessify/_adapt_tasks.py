@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
-from ._functions import transforming
 from ._gradient import Gradient, Unroll, value_and_grad
 from ._task_trees import (
     Mark,
@@ -29,6 +28,7 @@ from ._task_trees import (
     sliced,
 )
 from ._tasks import Mapper, random_state, set_random_state
+from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from .errors import TaskError
 from .optim import Optimizer, OptState

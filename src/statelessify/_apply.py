@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import types
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,12 +11,14 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import functional_call
 
-from ._functions import norms_for_transforms, per_task_one, transforming
-from ._skeleton import Skeleton, Skeletons, Slots
+from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
+from ._skeleton import Skeletons, Slots
 from ._structure import named_parts
+from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
 from ._words import listed, nearest
-from .errors import DtypeError, MutationError, NamesError, ShapeError
+from .errors import CheckpointError, DtypeError, MutationError, NamesError, ShapeError
+from .rules._registry import Watched, active_rules, rules
 from .typing import Buffers, Params
 
 __all__: list[str] = []
@@ -44,6 +44,7 @@ class Apply:
         self._resized: set[str] = set()  # buffers that forward has been seen to give another shape,
         self._emptied: set[str] = set()  # and to set to None: from then on they may have, or be missing
         self._probed = False
+        self._watched = Watched()
 
     def __call__(self, params: Params, buffers: Buffers, /, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         """Run the module's forward with these tensors in place of its own.
@@ -63,38 +64,68 @@ class Apply:
             MutationError: forward writes in place into a parameter.
         """
         self._check(params, buffers)
-        if torch.compiler.is_compiling():
-            return self._call(self._skeletons.traced, params, buffers, args, kwargs)
-        return self._skeletons.run(lambda skeleton: self._call(skeleton, params, buffers, args, kwargs))
-
-    def _call(
-        self, skeleton: Skeleton, params: Params, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Buffers]:
         given: dict[str, Tensor] = {**params, **buffers}
-        traced = torch.compiler.is_compiling()
         installed = self._installed(given, (args, kwargs))
+        if torch.compiler.is_compiling():
+            with rules("transforms"):
+                out, values = functional_call(
+                    self._skeletons.traced, self._flat(installed), args, kwargs, tie_weights=False
+                )
+            return out, self._harvest(values, given, installed, {}, params)
+        return self._eager(params, given, installed, args, kwargs)
+
+    def _eager(
+        self,
+        params: Params,
+        given: dict[str, Tensor],
+        installed: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Buffers]:
+        inside = transforming()
+        versions = {name: _version(tensor) for name, tensor in installed.items()}
+        skeleton = self._skeletons.take()
+        holders = skeleton.holders()
+        try:
+            with rules("transforms") if inside else self._watched.where_needed():
+                out, values = functional_call(skeleton, self._flat(installed), args, kwargs, tie_weights=False)
+                occasion = active_rules()
+        except RuntimeError as error:
+            if inside and is_checkpointing(error):
+                raise CheckpointError(
+                    f"`{self._name}` uses activation checkpointing, which torch refuses inside its transforms; switch "
+                    "it off in the module (`adapt` can recompute whole steps instead), or use `adapt` in eager code"
+                ) from error
+            raise
+        new_buffers = self._harvest(values, given, installed, versions, params)
+        self._probed = True
+        if skeleton.holders() == holders:
+            self._skeletons.give_back(skeleton)
+        elif not inside:
+            refuse_reentrant(_tensors(out), (*given.values(), *_tensors((args, kwargs))), self._name)
+            if skeleton.pristine.still():
+                written = [name for name in installed if name in new_buffers and new_buffers[name] is not given[name]]
+                keep(skeleton, self._places, installed, written, occasion)
+        return out, new_buffers
+
+    def _flat(self, installed: dict[str, Tensor]) -> dict[str, Any]:
+        """The tensors by the path of each slot."""
         flat: dict[str, Any] = {
             f"inner.{place.path}": t for name, t in installed.items() for place in self._places[name]
         }
-        for name in self._emptied.difference(given):
+        for name in self._emptied.difference(installed):
             flat.update({f"inner.{place.path}": None for place in self._places[name]})
-        versions = {} if traced else {name: _version(tensor) for name, tensor in installed.items()}
-        with norms_for_transforms():
-            out, values = functional_call(skeleton, flat, args, kwargs, tie_weights=False)
-        new_buffers = self._harvest(values, given, installed, versions, params)
-        if not traced:
-            self._probed = True
-        return out, {name: new_buffers[name] for name in (*buffers, *new_buffers) if name in new_buffers}
+        return flat
 
     def _installed(self, given: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
-        """What goes into the slots: clones of the registered buffers, and everything else as it is.
+        """What goes into the slots: clones of the registered buffers; parameters as they are, and known as such.
 
         Everything is cloned until one call in eager code has shown that forward writes into no parameter: should it
         do so, the error comes before the caller's tensor is touched.
         """
         one: Tensor | None = None
         if self._registered and transforming():
-            one = per_task_one([t for t in (*given.values(), *tree_leaves(inputs)) if isinstance(t, Tensor)])
+            one = per_task_one([*given.values(), *_tensors(inputs)])
         installed: dict[str, Tensor] = {}
         for name, tensor in given.items():
             if name in self._registered:
@@ -102,7 +133,7 @@ class Apply:
                 marked = None if one is None or not floating else tensor * one.to(tensor.device, tensor.dtype)
                 installed[name] = tensor.clone() if marked is None else marked
             else:
-                installed[name] = tensor if self._probed else tensor.clone()
+                installed[name] = _as_parameter(tensor if self._probed else tensor.clone())
         return installed
 
     def _harvest(
@@ -114,7 +145,7 @@ class Apply:
         params: Params,
     ) -> Buffers:
         """The tensors that stand in the slots after the call; an error where a parameter's has changed."""
-        new_buffers: Buffers = {}
+        harvest: Buffers = {}
         eager = not transforming()
         remaining = iter(values)
         for name, places in self._places.items():
@@ -124,7 +155,8 @@ class Apply:
             written = value is not before
             if before is not None and not written and name in versions:
                 written = _written(before, versions[name], given[name])
-            if written and name not in self._registered and name not in self._empty:
+            own = name in self._registered
+            if written and not own and name not in self._empty:
                 raise MutationError(
                     f"`{self._name}` changes its parameter `{name}` in forward, which a pure function cannot do: "
                     "compute the new value out of place, or register the tensor as a buffer"
@@ -133,12 +165,13 @@ class Apply:
             if name in params:
                 continue
             if value is None:
-                self._emptied.update(name for name in (name,) if name in self._registered and name in self._shapes)
+                self._emptied.update(name for name in (name,) if own and name in self._shapes)
                 continue
-            new_buffers[name] = given[name] if eager and name in versions and not written else value
+            harvest[name] = given[name] if not written and (not own or (eager and name in versions)) else value
             if name in self._shapes and value.shape != self._shapes[name]:
                 self._resized.add(name)
-        return new_buffers
+        order = [name for name in given if name not in params]
+        return {name: harvest[name] for name in (*order, *harvest) if name in harvest}
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         for what, tree in (("params", params), ("buffers", buffers)):
@@ -170,7 +203,8 @@ class Apply:
         template = self._skeletons.copy()
         template.train(mode)
         new = copy.copy(self)
-        new._resized, new._emptied, new._probed = set(self._resized), set(self._emptied), False
+        new._resized, new._emptied = set(self._resized), set(self._emptied)
+        new._probed, new._watched = False, Watched()
         new._skeletons = Skeletons(template, self._skeletons.paths)
         return new
 
@@ -192,19 +226,26 @@ class Apply:
         """
         self._check(params, buffers)
         bound = self._skeletons.copy()
-        owners = dict(named_parts(bound))
-        for name, tensor in self._installed({**params, **buffers}, None).items():
-            for place in self._places[name]:
-                path, _, attribute = place.path.rpartition(".")
-                owner = owners[path]
-                entries: dict[str, Any] = owner._buffers if place.registered_buffer else owner._parameters
-                entries[attribute] = tensor
-        for owner in owners.values():
-            _guard_methods(owner)
+        fill(bound, self._places, self._installed({**params, **buffers}, None))
+        for _, part in named_parts(bound):
+            guard_methods(part)
         return bound
 
     def __repr__(self) -> str:
         return f"<apply of {self._name}: {len(self._params)} params, {len(self._buffers)} buffers>"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _as_parameter(tensor: Tensor) -> Tensor:
+    """The tensor, or another name for it, such that ``isinstance(tensor, nn.Parameter)`` holds."""
+    if isinstance(tensor, nn.Parameter) or type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return tensor
+    named = tensor.as_subclass(Tensor)  # not `view_as`, whose backward refuses sparse gradients
+    named._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
+    return named
 
 
 def _version(tensor: Tensor) -> tuple[int, ...]:
@@ -244,22 +285,3 @@ def check_tensors(what: str, tree: Any) -> None:
 def wrong_shape(what: str, name: str, tensor: Tensor, shape: torch.Size) -> ShapeError:
     hint = "; map over tasks with `over_tasks` or torch.vmap" if tensor.shape[1:] == shape else ""
     return ShapeError(f"`{what}[{name!r}]` has shape {tuple(tensor.shape)}, but the module's is {tuple(shape)}{hint}")
-
-
-def _guard_methods(module: nn.Module) -> None:
-    """Run the methods of a bound module's classes under the norms that transforms need."""
-    for cls in type(module).__mro__:
-        if cls is nn.Module:
-            break
-        for name, function in vars(cls).items():
-            if isinstance(function, types.FunctionType) and not name.startswith("__") and name not in module.__dict__:
-                module.__dict__[name] = types.MethodType(_guarded(function), module)
-
-
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        with norms_for_transforms():
-            return function(*args, **kwargs)
-
-    return method

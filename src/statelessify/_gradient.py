@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._functions import elementary_norms, norms_for_transforms, transforming
+from ._transforms import transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
+from .rules._registry import rules, rules_here
 
 __all__ = ["FirstOrder", "Unroll"]
 
@@ -135,7 +136,7 @@ def _eager(
         inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
         create = recording and differentiable
         # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
-        with elementary_norms() if create else nullcontext():
+        with rules("gradients") if create else nullcontext():
             values, aux = evaluate(tree_unflatten(spec, inputs))
         total = values.sum()
         aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
@@ -158,7 +159,7 @@ def _functional(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[
     aside: list[Any] = []
 
     def summed(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with norms_for_transforms():  # the loss may call them itself
+        with rules_here():  # the loss may call them itself
             values, aux = evaluate(tree_unflatten(spec, inputs))
         parts, aux_spec = tree_flatten(aux)
         aside.append(([None if isinstance(t, Tensor) else t for t in parts], aux_spec))

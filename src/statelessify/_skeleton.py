@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._structure import ATOMIC, children, copy_structure, is_uninitialized, named_parts, slot_values
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
+from .rules._registry import install
 
 __all__: list[str] = []
 
@@ -105,11 +106,12 @@ class Pristine:
     """
 
     def __init__(self, skeleton: nn.Module) -> None:
+        self._parts = set(map(id, skeleton.modules()))
         self._known = True
         self._entries: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         self._tensors: list[tuple[Tensor, int]] = []
         self._empty: list[Any] = []
-        self._containers: list[tuple[Any, str]] = []
+        self._containers: list[tuple[Any, Any]] = []
         for part in skeleton.modules():
             if any(True for _ in slot_values(part)):
                 self._known = False
@@ -125,14 +127,22 @@ class Pristine:
     def _classify(self, value: Any) -> None:
         if isinstance(value, Tensor):
             self._tensors.append((value, value._version))
-        elif _is_plain(value):
-            if not isinstance(value, (*ATOMIC, weakref.ref, types.FunctionType, types.MethodType)):
-                if len(value):
-                    self._containers.append((value, repr(value)))
-                else:
-                    self._empty.append(value)
-        elif not isinstance(value, nn.Module):
+        elif self._is_plain(value):
+            if isinstance(value, _CONTAINERS) and not len(cast("list[Any]", value)):
+                self._empty.append(cast("Any", value))
+            elif not isinstance(value, (*ATOMIC, weakref.ref)):
+                self._containers.append((value, _print(value)))
+        else:
             self._known = False
+
+    def _is_plain(self, value: Any, depth: int = 0) -> bool:
+        """Whether a value is built of tensors, immutable values and the skeleton's own parts: its print tells all."""
+        if isinstance(value, (*ATOMIC, weakref.ref, Tensor)) or id(value) in self._parts:
+            return True
+        inside = type(value) in _CONTAINERS or isinstance(value, (types.FunctionType, types.MethodType))
+        if not inside or depth > 8 or (isinstance(value, types.FunctionType) and value.__dict__):
+            return False
+        return all(self._is_plain(child, depth + 1) for child in children(value))
 
     def still(self) -> bool:
         """Whether the skeleton is as it was."""
@@ -143,28 +153,39 @@ class Pristine:
         if any(self._empty):
             return False
         return all(tensor._version == version for tensor, version in self._tensors) and all(
-            repr(now) == before for now, before in self._containers
+            _print(now) == before for now, before in self._containers
         )
+
+
+_CONTAINERS = (list, tuple, set, frozenset, dict, deque, OrderedDict)
 
 
 def _same(entries: dict[str, Any], names: list[str], values: list[Any]) -> bool:
     return list(entries) == names and [*map(id, entries.values())] == [*map(id, values)]
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is built of immutable values only, so that its repr says whether it has changed."""
-    if isinstance(value, (*ATOMIC, weakref.ref)):
-        return True
+def _print(value: Any) -> Any:
+    """What a plain value holds, in a form that can be compared and holds nothing itself."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, (nn.Module, weakref.ref)):
+        return id(cast("Any", value))
+    if type(value) in _CONTAINERS or isinstance(value, types.MethodType):
+        return [_print(child) for child in children(value)]
     if isinstance(value, types.FunctionType):
-        return not value.__closure__ and not value.__dict__
-    if isinstance(value, types.MethodType):
-        return isinstance(value.__self__, nn.Module)
-    if type(value) in (list, tuple, set, frozenset, dict, deque, OrderedDict):
-        return all(_is_plain(child) for child in children(value))
-    return False
+        return [id(value), *map(_print, children(value))]
+    return repr(value)
 
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+def _register_parameter(part: nn.Module, name: str, param: Tensor | None) -> None:
+    """As torch does, but it takes a parameter that is not a leaf: one that a call has been given may have a graph."""
+    if param is None or param.grad_fn is None:
+        type(part).register_parameter(part, name, cast("Any", param))
+    else:
+        part._parameters[name] = cast("Any", param)
 
 
 class Skeleton(nn.Module):
@@ -183,13 +204,16 @@ class Skeleton(nn.Module):
             (owners[owner], name, slot.registered_buffer) for (owner, _, name), slot in zip(split, paths, strict=True)
         ]
         self._empty = [slot for slot, tensor in zip(self._slots, self.read(), strict=True) if tensor is None]
+        self._parts = [part for _, part in named_parts(inner)]
+        for part in self._parts:
+            part.__dict__["register_parameter"] = types.MethodType(_register_parameter, part)
         self.pristine = Pristine(inner)
         self._python = [
             (part, name, value)
             for _, part in named_parts(inner)
             if not type(part).__module__.startswith("torch.nn.")
             for name, value in part.__dict__.items()
-            if name not in _MODULE_ATTRIBUTES
+            if name not in _MODULE_ATTRIBUTES and name not in ("forward", "register_parameter")
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
@@ -211,6 +235,10 @@ class Skeleton(nn.Module):
             (owner._buffers if is_buffer else owner._parameters)[name] = None
         return out, values
 
+    def holders(self) -> int:
+        """How many references to its parts there are: more after a call than before, and something has kept one."""
+        return sum(map(sys.getrefcount, self._parts))
+
     def read(self) -> list[Tensor | None]:
         return [
             (owner._buffers if is_buffer else owner._parameters).get(name) for owner, name, is_buffer in self._slots
@@ -220,8 +248,8 @@ class Skeleton(nn.Module):
 class Skeletons:
     """A pool of copies of one structure, checked out for one call at a time.
 
-    Concurrent and re-entrant calls each get their own. A skeleton whose call raised, or left a trace on it, is
-    thrown away; the template itself never runs.
+    Concurrent and re-entrant calls each get their own. A skeleton whose call raised, left a trace on it, or is still
+    held by something is not used again; the template itself never runs.
     """
 
     def __init__(self, template: nn.Module, paths: tuple[Slot, ...]) -> None:
@@ -232,20 +260,22 @@ class Skeletons:
 
     def copy(self, traced: bool = False) -> nn.Module:
         """A structure of one's own, its slots vacant."""
-        return copy_structure(self.template, vacancies(find_slots(self.template).tensors, traced))
+        return install(copy_structure(self.template, vacancies(find_slots(self.template).tensors, traced)))
 
-    def run(self, call: Callable[[Skeleton], Any]) -> Any:
+    def take(self) -> Skeleton:
+        """A skeleton for one call."""
         try:
             skeleton = self._idle.pop()  # atomic: no lock is needed
-            fresh = not skeleton.pristine.unshared()
+            if skeleton.pristine.unshared():
+                return skeleton
         except IndexError:
-            skeleton, fresh = self.traced, True
-        if fresh:
-            skeleton = Skeleton(self.copy(), self.paths)
-        result = call(skeleton)
+            pass
+        return Skeleton(self.copy(), self.paths)
+
+    def give_back(self, skeleton: Skeleton) -> None:
+        """Use a skeleton again, unless its call has left a trace on it."""
         if skeleton.pristine.still():
             self._idle.append(skeleton)
-        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {"template": self.template, "paths": self.paths}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
-from ._functions import elementary_norms, norms_for_transforms
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
     TreeSpec,
@@ -25,6 +24,7 @@ from ._tree import (
 )
 from ._words import nearest
 from .errors import RandomnessError, StatelessifyError, TaskError, TreeError, VmapError
+from .rules._registry import rules, rules_here
 from .typing import Backend, InDims, Randomness
 
 __all__ = ["over_tasks"]
@@ -188,7 +188,7 @@ def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomnes
     def one_task(*values: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(values)
         leaves = [next(remaining) if mapped else leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True)]
-        with elementary_norms():
+        with rules("transforms"):
             out = fn(*tree_unflatten(args.spec, leaves))
         results, spec = tree_flatten(out)
         mapped = [_per_task_result(leaf) for leaf in results]
@@ -232,7 +232,7 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
     for index in range(count):
         if state is not None:
             set_random_state(state)
-        with norms_for_transforms():
+        with rules_here():
             out = fn(*tree_unflatten(args.spec, [column[index] for column in columns]))
         if before is not None and not all(map(torch.equal, before, random_state())):
             raise RandomnessError(

@@ -51,7 +51,19 @@ class Vacant(Tensor):
         return memo.setdefault(id(self), Vacant(self.slot, self.shape, self.dtype, self.requires_grad))
 
 
-_ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_meta")
+_ATTRIBUTES = (
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "grad",
+    "grad_fn",
+    "is_meta",
+    "_version",
+)
 _METHODS = ("requires_grad_", "size", "dim", "numel", "is_floating_point", "is_complex")
 _LOOKS: set[Any] = {
     cast("Any", Tensor.requires_grad).__set__,

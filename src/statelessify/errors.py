@@ -10,6 +10,7 @@
      │    └── LazyModuleError (also ValueError)  a lazy module that has not seen its first input
      ├── MutationError (RuntimeError)            a module that writes into its own parameters
      ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
+     ├── CheckpointError (RuntimeError)          activation checkpointing where torch would lose a derivative
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
@@ -24,6 +25,7 @@ wrong, what was given, and what to write instead.
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "DtypeError",
     "HyperparameterError",
     "HyperparameterNameError",
@@ -85,6 +87,10 @@ class MutationError(StatelessifyError, RuntimeError):
 
 class LateUseError(StatelessifyError, RuntimeError):
     """A tensor of a module that is used after the call it was passed to, or past its slot."""
+
+
+class CheckpointError(StatelessifyError, RuntimeError):
+    """Activation checkpointing inside a module, in a place where torch refuses it or gives a wrong derivative."""
 
 
 class TaskError(StatelessifyError, ValueError):

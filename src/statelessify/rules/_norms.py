@@ -1,4 +1,4 @@
-"""Norms by elementary operations, and what is known about the transforms around a call.
+"""Norms by elementary operations.
 
 Differentiating ``vmap(func.grad(f))`` through the fused `layer_norm` or `batch_norm` is silently wrong in torch 2.13
 (their double-backward formulas do not compose with a batching level), and so is their third derivative in eager
@@ -7,62 +7,23 @@ code. They are intercepted as functions, because a user's own module or loss may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    peek_interpreter_stack,
-)
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+
+from ._registry import rule
 
 __all__: list[str] = []
 
-
-def transforming() -> bool:
-    """Whether a functorch transform or a forward-mode level is active here, or dynamo traces."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return True
-    return peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """What a tensor holds below all transforms."""
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return tensor
-
-
-def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:
-    """A 0-dim one that carries every active vmap level, or None where there is no level.
-
-    A product with it makes a shared tensor per task, exactly, at any nesting of transforms. `tensors` are the
-    inputs of the call: while dynamo traces, the levels can be read off them only.
-    """
-    one: Tensor | None = None
-    if torch.compiler.is_compiling():
-        for tensor in tensors:
-            mark = torch.zeros_like(tensor, dtype=torch.float32).sum() + 1
-            one = mark if one is None else one * mark
-        return one
-    for level in retrieve_all_functorch_interpreters():
-        if isinstance(level, VmapInterpreter):
-            with torch._C._DisableFuncTorch():  # a plain tensor, not one that the innermost level wraps
-                ones = torch.ones(level.batch_size())
-            mark = _add_batch_dim(ones, 0, level.level())
-            one = mark if one is None else one * mark
-    return one
-
-
-# Norms -------------------------------------------------------------------------------------------------------------
+_norm = partial(
+    rule,
+    why="the double backward of the fused norms is wrong under vmap, and their third derivative everywhere",
+    upstream="https://github.com/pytorch/pytorch/issues/186256",
+    when="gradients",
+)
 
 
 def _accumulate(x: Tensor) -> Tensor:
@@ -78,6 +39,7 @@ def _standardize(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor
     return centred * torch.rsqrt(var + eps), mean, var
 
 
+@_norm(F.layer_norm, torch.layer_norm)
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -116,6 +78,7 @@ def _track(running: Tensor | None, value: Tensor, momentum: float) -> None:
         running.copy_((1 - momentum) * running + momentum * value.detach())
 
 
+@_norm(F.batch_norm)
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -142,6 +105,7 @@ def _batch_norm(
     return _affine(out, weight, bias, input.dtype)
 
 
+@_norm(F.instance_norm)
 def _instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -165,6 +129,7 @@ def _instance_norm(
     return _affine(out, weight, bias, input.dtype)
 
 
+@_norm(torch.native_layer_norm)
 def _native_layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +138,7 @@ def _native_layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(var + eps)
 
 
+@_norm(torch.native_batch_norm)
 def _native_batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -190,6 +156,7 @@ def _native_batch_norm(
     return out, mean.flatten(), torch.rsqrt(var + eps).flatten()
 
 
+@_norm(torch.batch_norm)
 def _torch_batch_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -204,6 +171,7 @@ def _torch_batch_norm(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+@_norm(torch.instance_norm)
 def _torch_instance_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -216,57 +184,3 @@ def _torch_instance_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-
-
-_ELEMENTARY: dict[Any, Callable[..., Any]] = {
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    torch.native_layer_norm: _native_layer_norm,
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
-    torch.native_batch_norm: _native_batch_norm,
-    F.instance_norm: _instance_norm,
-    torch.instance_norm: _torch_instance_norm,
-}
-
-
-class ElementaryNorms(TorchFunctionMode):
-    """Computes layer, batch and instance norm from operations that compose with every transform."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        call = _ELEMENTARY.get(func)
-        return (func if call is None else call)(*args, **(kwargs or {}))
-
-
-def elementary_norms() -> AbstractContextManager[Any]:
-    """The mode, unless it is active already."""
-    if not torch.compiler.is_compiling():
-        for index in range(torch._C._len_torch_function_stack()):
-            if isinstance(torch._C._get_function_stack_at(index), ElementaryNorms):
-                return nullcontext()
-    return ElementaryNorms()
-
-
-def norms_for_transforms() -> AbstractContextManager[Any]:
-    """The mode where a transform is active; nothing in plain eager code, which stays free of its cost."""
-    return elementary_norms() if transforming() else nullcontext()
-
-
-class OrdinaryTensors(TorchFunctionMode):
-    """Copies inference tensors, which autograd refuses, where a function meets them."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*map(ordinary, args), **{name: ordinary(value) for name, value in (kwargs or {}).items()})
-
-
-def ordinary(leaf: Any) -> Any:
-    """A copy of an inference tensor, or of a list or tuple that holds some; anything else as it is."""
-    if isinstance(leaf, Tensor):
-        return leaf.clone() if unwrapped(leaf).is_inference() else leaf
-    if type(leaf) in (list, tuple):
-        return type(leaf)(map(ordinary, leaf))
-    return leaf

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from statelessify._functions import ElementaryNorms, elementary_norms, norms_for_transforms, per_task_one, transforming
+from statelessify._transforms import per_task_one, transforming
+from statelessify.rules._registry import Rules, rules, rules_here
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -42,7 +43,7 @@ def agree(call: Callable[..., Tensor], inputs: list[Tensor | None], running: lis
     given = [t for t in inputs if t is not None]
     given[0].requires_grad_()
     results = []
-    for mode in (ElementaryNorms(), contextlib.nullcontext()):
+    for mode in (Rules("gradients"), contextlib.nullcontext()):
         stats = None if running is None else [None if t is None else t.clone() for t in running]
         arguments = inputs if stats is None else [*inputs, *stats]
         with mode:
@@ -105,7 +106,7 @@ def test_low_precision_is_close_to_torchs(dtype: torch.dtype, mixed: bool) -> No
     ]
     for call in calls:
         theirs = call()
-        with ElementaryNorms():
+        with Rules("gradients"):
             ours = call()
         assert ours.dtype == theirs.dtype
         tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}[dtype]
@@ -124,14 +125,14 @@ def test_low_precision_is_close_to_torchs(dtype: torch.dtype, mixed: bool) -> No
 def test_what_torch_refuses_is_refused(call: Callable[[], Tensor]) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         call()
-    with pytest.raises((RuntimeError, ValueError)), ElementaryNorms():
+    with pytest.raises((RuntimeError, ValueError)), Rules("gradients"):
         call()
 
 
 @pytest.mark.parametrize("call", [lambda x: F.layer_norm(x, (4,)), lambda x: F.instance_norm(x)])
 def test_an_empty_batch_is_fine(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.zeros(0, 3, 4)
-    with ElementaryNorms():
+    with Rules("gradients"):
         assert call(x).shape == x.shape
 
 
@@ -152,7 +153,7 @@ def test_higher_derivatives_agree_with_finite_differences(name: str) -> None:
     mask = torch.randn(12)
 
     def value(x: Tensor, weight: Tensor) -> Tensor:
-        with ElementaryNorms():
+        with Rules("gradients"):
             return (FUNCTIONS[name](x, weight).flatten().sin() * mask).sum()
 
     def second(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -169,7 +170,7 @@ def test_grad_of_vmap_of_grad_equals_a_loop(name: str) -> None:
     x, weights = torch.randn(3, 5, 4), torch.randn(4)
 
     def inner(w: Tensor, x: Tensor) -> Tensor:
-        with norms_for_transforms():
+        with rules_here():
             return (FUNCTIONS[name](x * w, w).sin() ** 2).sum()
 
     def step(w: Tensor, x: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def test_grad_of_vmap_of_grad_equals_a_loop(name: str) -> None:
     found = grad(lambda w: vmap(step, in_dims=(None, 0))(w, x).sum())(weights)
     leaf, total = weights.clone().requires_grad_(), torch.zeros(())
     for each in x:
-        with ElementaryNorms():
+        with Rules("gradients"):
             (g,) = torch.autograd.grad(inner(leaf, each), leaf, create_graph=True)
             total = total + inner(leaf - 0.1 * g, each)
     assert_close(found, torch.autograd.grad(total, leaf)[0], rtol=1e-10, atol=1e-10)
@@ -192,9 +193,9 @@ def test_the_mode_is_there_only_inside_transforms() -> None:
 
     def look(x: Tensor) -> Tensor:
         before = torch._C._len_torch_function_stack()
-        with norms_for_transforms():
+        with rules_here():
             inside = torch._C._len_torch_function_stack()
-            with elementary_norms():  # never twice
+            with rules("gradients"):  # never twice
                 seen.append((transforming(), inside - before, torch._C._len_torch_function_stack() - before))
         return x.sum()
 
@@ -207,7 +208,7 @@ def test_the_mode_is_there_only_inside_transforms() -> None:
 
 def test_the_mode_ends_where_forward_raises() -> None:
     def fails(x: Tensor) -> Tensor:
-        with norms_for_transforms():
+        with rules_here():
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -216,7 +217,7 @@ def test_the_mode_ends_where_forward_raises() -> None:
 
 
 def test_other_functions_pass_through() -> None:
-    with ElementaryNorms():
+    with Rules("gradients"):
         assert F.group_norm(torch.ones(1, 2, 2), 1).shape == (1, 2, 2)
         assert torch.ones(2).add_(1).tolist() == [2.0, 2.0]
 

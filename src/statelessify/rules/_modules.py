@@ -1,0 +1,87 @@
+"""Modules whose forward branches on values, and tensors that stand where a module has parameters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .._transforms import transforming
+from ._registry import rule
+
+__all__: list[str] = []
+
+
+@rule(
+    Tensor.__deepcopy__,
+    why="a module may deep-copy its parameters, which torch does for leaves only",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_tensor.py",
+    when="always",
+)
+def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if tensor.grad_fn is None or not isinstance(tensor, nn.Parameter):
+        return cast("Tensor", tensor.__deepcopy__(memo))
+    new = tensor.detach().clone()
+    if not transforming():
+        new = nn.Parameter(new, tensor.requires_grad)
+    memo[id(tensor)] = new
+    return new
+
+
+@rule(
+    nn.TransformerEncoder,
+    why="it compares a mask with the causal one, a branch on values; what it finds is only a hint to a kernel",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py",
+)
+def _encoder(self: nn.TransformerEncoder, src: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    if len(args) < 2:
+        kwargs["is_causal"] = bool(kwargs.get("is_causal"))
+    else:
+        args = (args[0], bool(args[1]))
+    return nn.TransformerEncoder.forward(self, src, mask, *args, **kwargs)
+
+
+@rule(
+    nn.TransformerDecoder,
+    why="it compares a mask with the causal one, a branch on values; what it finds is only a hint to a kernel",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py",
+)
+def _decoder(
+    self: nn.TransformerDecoder,
+    tgt: Tensor,
+    memory: Tensor,
+    tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    return nn.TransformerDecoder.forward(
+        self,
+        tgt,
+        memory,
+        tgt_mask,
+        memory_mask,
+        tgt_key_padding_mask,
+        memory_key_padding_mask,
+        bool(tgt_is_causal),
+        memory_is_causal,
+    )
+
+
+@rule(
+    nn.AdaptiveLogSoftmaxWithLoss,
+    why="it gathers the rows of each cluster, whose number depends on values",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/adaptive.py",
+)
+def _adaptive_log_softmax(self: nn.AdaptiveLogSoftmaxWithLoss, input_: Tensor, target_: Tensor) -> Any:
+    """Every class' log-probability, of which one is taken: more work, and the same numbers."""
+    if target_.ndim not in (0, 1) or input_.ndim != target_.ndim + 1 or input_.shape[:-1] != target_.shape:
+        raise RuntimeError(
+            f"a target of shape {tuple(target_.shape)} does not fit an input of {tuple(input_.shape)}: "
+            "(batch,) for (batch, features), or () for (features,)"
+        )
+    rows = input_.reshape(-1, input_.shape[-1])
+    output = self.log_prob(rows).gather(1, target_.reshape(-1, 1)).reshape(target_.shape)
+    return nn.modules.adaptive._ASMoutput(output, -output.mean())

@@ -1,0 +1,210 @@
+"""What is computed instead of an operation that torch's transforms get wrong, or cannot do."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .._structure import named_parts
+from .._transforms import transforming
+from ..errors import ModuleError
+
+__all__: list[str] = []
+
+When = Literal["transforms", "gradients", "always"]
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+class Rule(NamedTuple):
+    """One rule: `call` runs instead of each of `targets`, for the reason that `why` gives.
+
+    `upstream` is where torch speaks of it. `when`: ``"transforms"`` inside vmap, grad, jvp or under torch.compile;
+    ``"gradients"`` also in the inner steps of `adapt`, which are differentiated again; ``"always"`` in each call.
+    """
+
+    targets: tuple[Any, ...]
+    call: Callable[..., Any]
+    why: str
+    upstream: str
+    when: When
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the rule replaces, as it is written in code."""
+        return tuple(_dotted(target) for target in self.targets)
+
+
+def _dotted(target: Any) -> str:
+    place = str(getattr(target, "__module__", None) or "torch")
+    if place.startswith(("torch.nn.modules.", "torch._C._nn")):
+        place = "torch.nn" if isinstance(target, type) else "torch.nn.functional"
+    return f"{place}.{getattr(target, '__name__', target)}"
+
+
+RULES: list[Rule] = []
+MODULES: dict[type[nn.Module], Rule] = {}
+FUNCTIONS: dict[When, dict[Any, Callable[..., Any]]] = {"transforms": {}, "gradients": {}, "always": {}}
+"""What to call instead of a function, by the occasion; what holds always holds on each."""
+
+
+def rule(*targets: Any, why: str, upstream: str = "", when: When = "transforms") -> Callable[[Call], Call]:
+    """Register what is to run instead of some functions, or instead of the forward of some modules.
+
+    Each call of `apply`, and each function that `adapt`, `adapt_tasks` and `over_tasks` run, heeds it; nothing outside
+    them does. Use it for a module of your own that torch.vmap cannot batch, such as data-dependent routing.
+
+    Args:
+        *targets: functions that torch lets one override (`torch.overrides.get_overridable_functions` lists them), or
+            subclasses of `torch.nn.Module`. A rule of a class holds for subclasses that inherit its forward. A later
+            rule replaces an earlier one.
+        why: what goes wrong without the rule, in one sentence; `explain` prints it.
+        upstream: a link to where that is discussed, or to the source that shows it.
+        when: ``"transforms"``, ``"gradients"`` (also in the inner steps of `adapt`) or ``"always"``.
+
+    Returns:
+        A decorator. What it decorates takes the arguments of its targets; for a module, the module first. Inside,
+        calls of the targets are torch's own.
+
+    Raises:
+        ModuleError: a target is neither callable nor a module class.
+
+    Example:
+        >>> import torch
+        >>> from statelessify import stateless
+        >>> from statelessify.rules import rule
+        >>> class Positive(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x if bool((x > 0).all()) else -x
+        >>> @rule(Positive, why="it branches on a value")
+        ... def _(self, x):
+        ...     return torch.where((x > 0).all(), x, -x)
+        >>> apply, params, buffers = stateless(Positive())
+        >>> torch.vmap(lambda x: apply(params, buffers, x)[0])(torch.tensor([[1.0], [-2.0]])).flatten()
+        tensor([1., 2.])
+    """
+    for target in targets:
+        if not callable(target) or (isinstance(target, type) and not issubclass(target, nn.Module)):
+            raise ModuleError(f"a rule replaces functions or subclasses of torch.nn.Module, not {target!r}")
+
+    def register(call: Call) -> Call:
+        made = Rule(targets, call, why, upstream, when)
+        RULES.append(made)
+        for target in targets:
+            if isinstance(target, type):
+                MODULES[target] = made
+            else:
+                for occasion in _OCCASIONS[when]:
+                    FUNCTIONS[occasion][target] = call
+        return call
+
+    return register
+
+
+_OCCASIONS: Mapping[When, tuple[When, ...]] = {
+    "transforms": ("transforms",),
+    "gradients": ("transforms", "gradients"),
+    "always": ("transforms", "gradients", "always"),
+}
+"""The occasions on which a rule holds, those with the most rules first."""
+
+
+# Functions ---------------------------------------------------------------------------------------------------------
+
+
+class Rules(TorchFunctionMode):
+    """Runs the rules of one occasion instead of the functions that they replace."""
+
+    def __init__(self, when: When) -> None:
+        super().__init__()
+        self.when: When = when
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = FUNCTIONS[self.when].get(func)
+        return (func if call is None else call)(*args, **(kwargs or {}))
+
+
+class Watched(Rules):
+    """The rules that hold always, for calls that do without the mode once one of them has met no such function."""
+
+    def __init__(self) -> None:
+        super().__init__("always")
+        self.entered = self.met = False
+
+    def where_needed(self) -> AbstractContextManager[Any]:
+        """The mode; nothing where it is not needed, or where another already does its work."""
+        if active_rules() is not None or (self.entered and not self.met):
+            return nullcontext()
+        return self
+
+    def __enter__(self) -> Watched:
+        self.entered = True
+        return super().__enter__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.met = self.met or func in FUNCTIONS["always"]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def rules(when: When) -> AbstractContextManager[Any]:
+    """The mode for an occasion, unless it is active already."""
+    active = None if torch.compiler.is_compiling() else active_rules()
+    covered = active is not None and active in _OCCASIONS[when]
+    return nullcontext() if covered else Rules(when)
+
+
+def active_rules() -> When | None:
+    """The occasion whose rules hold here, the most of them where several do."""
+    stack = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    active = {mode.when for mode in stack if isinstance(mode, Rules)}
+    return next((when for when in _OCCASIONS["always"] if when in active), None)
+
+
+def rules_here() -> AbstractContextManager[Any]:
+    """The mode where a transform is active; nothing in plain eager code, which stays free of its cost."""
+    return rules("transforms") if transforming() else nullcontext()
+
+
+# Modules -----------------------------------------------------------------------------------------------------------
+
+
+def rule_of(part: nn.Module) -> Rule | None:
+    """The rule that holds for a module: that of the class which its forward comes from."""
+    if "forward" in part.__dict__:
+        return None
+    for cls in type(part).__mro__:
+        if "forward" in cls.__dict__:
+            return MODULES.get(cast("Any", cls))
+    return None
+
+
+def install(module: nn.Module) -> nn.Module:
+    """Give each part of a private copy the forward of its rule."""
+    for _, part in named_parts(module):
+        found = rule_of(part)
+        if found is not None:
+            part.__dict__["forward"] = types.MethodType(_chosen(found), part)
+    return module
+
+
+_chosen_cache: dict[int, Callable[..., Any]] = {}
+
+
+def _chosen(found: Rule) -> Callable[..., Any]:
+    """A forward that follows the rule where it holds; one function for each rule, so that copies can share it."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if found.when == "always" or transforming():
+            return found.call(self, *args, **kwargs)
+        return cast("Any", type(self)).forward(self, *args, **kwargs)
+
+    return _chosen_cache.setdefault(id(found.call), forward)
