@@ -54,7 +54,7 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant _transforms",
+            "_tree _partition _structure _vacant _transforms _graph",
             "rules _task_trees",
             "_skeleton _tasks _checkpoint optim implicit",
             "_kept _gradient",

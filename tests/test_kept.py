@@ -117,6 +117,7 @@ def test_statistics_are_updated_once() -> None:
     assert_close(apply(params, buffers, x)[1], expected)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_reentrant_checkpointing_is_refused() -> None:
     apply, params, buffers = stateless(Checkpointed("linear", "method", reentrant=True))
     with pytest.raises(errors.CheckpointError, match="use_reentrant=False"):

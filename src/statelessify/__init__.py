@@ -1,6 +1,6 @@
 """PyTorch modules and optimizers as pure functions over pytrees, and meta-gradients in one line."""
 
-from . import errors, optim, typing
+from . import errors, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
 from ._gradient import FirstOrder, Unroll
@@ -8,6 +8,7 @@ from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
 from ._tasks import over_tasks
 from ._tree import tree_copy, tree_stack, tree_unstack
+from .explain import explain
 
 __all__ = [
     "Adapted",
@@ -18,10 +19,12 @@ __all__ = [
     "adapt_tasks",
     "combine",
     "errors",
+    "explain",
     "load_",
     "optim",
     "over_tasks",
     "partition",
+    "rules",
     "stateless",
     "tree_copy",
     "tree_stack",

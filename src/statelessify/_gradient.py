@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ._graph import is_once_differentiable, nodes
 from ._transforms import transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
+from .errors import DerivativeError
 from .rules._registry import rules, rules_here
 
 __all__ = ["FirstOrder", "Unroll"]
@@ -75,9 +78,10 @@ def _warn_of_lost(total: Tensor, inputs: list[Tensor], aux: Any, given: Any, sou
     key = getattr(source, "__code__", id(source))
     if key in _warned:
         return
-    roots = [t.grad_fn for t in (*inputs, *tree_leaves(aux)) if isinstance(t, Tensor)]
-    reached = _leaf_variables(roots) | {id(p): p for p in inputs}
-    lost = {key: leaf for key, leaf in _leaf_variables([total.grad_fn]).items() if key not in reached}
+    reached = _leaf_variables([t for t in (*inputs, *tree_leaves(aux)) if isinstance(t, Tensor)]) | {
+        id(p): p for p in inputs
+    }
+    lost = {key: leaf for key, leaf in _leaf_variables([total]).items() if key not in reached}
     if not lost:
         return
     _warned.add(key)
@@ -93,19 +97,28 @@ def _warn_of_lost(total: Tensor, inputs: list[Tensor], aux: Any, given: Any, sou
     )
 
 
-def _leaf_variables(roots: Iterable[Any]) -> dict[int, Tensor]:
+def _leaf_variables(results: Iterable[Tensor]) -> dict[int, Tensor]:
     """The leaf tensors that a graph ends in."""
-    found: dict[int, Tensor] = {}
-    stack, seen = [root for root in roots if root is not None], set[Any]()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack.extend(child for child, _ in node.next_functions if child is not None)
-    return found
+    return {id(node.variable): node.variable for node in nodes(results) if hasattr(node, "variable")}
+
+
+_differentiable: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+
+def _check_twice_differentiable(values: Tensor, inputs: Sequence[Tensor], source: Callable[..., Any]) -> None:
+    """Refuse a backward that cuts its own graph: torch takes its second derivative for zero. Once for each loss."""
+    with suppress(TypeError):  # a callable object need not be hashable
+        if source in _differentiable:
+            return
+    for node in nodes([values], inputs):
+        if is_once_differentiable(node):
+            raise DerivativeError(
+                f"the loss uses an autograd.Function ({type(node).__name__}) whose backward is marked as "
+                "`@once_differentiable`: a meta-gradient would lose its second derivative without an error; remove "
+                "the mark and write backward with differentiable operations, or write `gradient=FirstOrder()`"
+            )
+    with suppress(TypeError):
+        _differentiable.add(source)
 
 
 Evaluate = Callable[[Any], tuple[Tensor, Any]]
@@ -123,7 +136,7 @@ def value_and_grad(
     `source` is the user's loss and `given` what it is given beside the parameters, for a warning.
     """
     if transforming():
-        return _functional(evaluate, params, differentiable)
+        return _functional(evaluate, params, differentiable, source)
     return _eager(evaluate, params, differentiable, source, given)
 
 
@@ -138,6 +151,8 @@ def _eager(
         # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
         with rules("gradients") if create else nullcontext():
             values, aux = evaluate(tree_unflatten(spec, inputs))
+        if create:
+            _check_twice_differentiable(values, inputs, source)
         total = values.sum()
         aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
         if recording and not differentiable:
@@ -154,13 +169,18 @@ def _eager(
     return values if create else values.detach(), aux, tree_unflatten(spec, grads)
 
 
-def _functional(evaluate: Evaluate, params: Any, differentiable: bool) -> tuple[Tensor, Any, Any]:
+def _functional(
+    evaluate: Evaluate, params: Any, differentiable: bool, source: Callable[..., Any]
+) -> tuple[Tensor, Any, Any]:
+    recording = torch.is_grad_enabled()
     leaves, spec = tree_flatten(params)
     aside: list[Any] = []
 
     def summed(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with rules_here():  # the loss may call them itself
             values, aux = evaluate(tree_unflatten(spec, inputs))
+        if recording and differentiable and not torch.compiler.is_compiling():
+            _check_twice_differentiable(values, inputs, source)
         parts, aux_spec = tree_flatten(aux)
         aside.append(([None if isinstance(t, Tensor) else t for t in parts], aux_spec))
         return values.sum(), (values, *(t for t in parts if isinstance(t, Tensor)))

@@ -7,12 +7,13 @@ after its call has ended. Its tensors then stay where they were, so that it comp
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
+from ._graph import nodes
 from ._skeleton import Skeleton, Slot
 from ._structure import named_parts
 from .errors import CheckpointError
@@ -87,23 +88,12 @@ def refuse_reentrant(results: Iterable[Tensor], inputs: Iterable[Tensor], name: 
     Its node in the graph does not know the parameters: only ``.backward()`` reaches them, only if they are leaves, and
     never a second time.
     """
-    for node in _nodes([t.grad_fn for t in results], {t.grad_fn for t in inputs}):
+    for node in nodes(results, inputs):
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise CheckpointError(
                 f"`{name}` uses reentrant activation checkpointing, through which `torch.autograd.grad` and second "
                 "derivatives lose the parameters; write `checkpoint(..., use_reentrant=False)` in the module"
             )
-
-
-def _nodes(roots: list[Any], outside: set[Any]) -> Iterator[Any]:
-    stack, seen = [root for root in roots if root is not None], outside
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(child for child, _ in node.next_functions if child is not None)
 
 
 def is_checkpointing(error: BaseException) -> bool:

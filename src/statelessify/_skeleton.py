@@ -131,7 +131,7 @@ class Pristine:
             if isinstance(value, _CONTAINERS) and not len(cast("list[Any]", value)):
                 self._empty.append(cast("Any", value))
             elif not isinstance(value, (*ATOMIC, weakref.ref)):
-                self._containers.append((value, _print(value)))
+                self._containers.append((cast("Any", value), _print(value)))
         else:
             self._known = False
 
@@ -276,6 +276,10 @@ class Skeletons:
         """Use a skeleton again, unless its call has left a trace on it."""
         if skeleton.pristine.still():
             self._idle.append(skeleton)
+
+    def has_idle(self) -> bool:
+        """Whether a skeleton waits to be used again."""
+        return bool(self._idle)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"template": self.template, "paths": self.paths}

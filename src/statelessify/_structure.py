@@ -36,7 +36,7 @@ def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None)
     it.
     """
     memo: dict[int, Any] = dict(replaced or {})
-    found = list(_reachable(module))  # keeps alive what the memo knows by id
+    found = list(reachable(module))  # keeps alive what the memo knows by id
     modules = [item for item in found if isinstance(item, nn.Module)]
     functions = [item for item in found if isinstance(item, types.FunctionType)]
     for part in modules:
@@ -165,7 +165,7 @@ def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
         stack.extend(children(item))
 
 
-def _reachable(module: nn.Module) -> Iterator[Any]:
+def reachable(module: nn.Module) -> Iterator[Any]:
     """Every module, tensor, generator and weak reference in `module`, and the functions that close over one of them."""
     order = list(_walk(module, lambda item: True))
     kinds: Any = (nn.Module, Tensor, torch.Generator, weakref.ref)

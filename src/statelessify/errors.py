@@ -11,6 +11,7 @@
      ├── MutationError (RuntimeError)            a module that writes into its own parameters
      ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
      ├── CheckpointError (RuntimeError)          activation checkpointing where torch would lose a derivative
+     ├── DerivativeError (RuntimeError)          an operation that lacks the derivative which is asked for
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "DerivativeError",
     "DtypeError",
     "HyperparameterError",
     "HyperparameterNameError",
@@ -91,6 +93,10 @@ class LateUseError(StatelessifyError, RuntimeError):
 
 class CheckpointError(StatelessifyError, RuntimeError):
     """Activation checkpointing inside a module, in a place where torch refuses it or gives a wrong derivative."""
+
+
+class DerivativeError(StatelessifyError, RuntimeError):
+    """An operation that does not have the derivative which is asked for, and would lose it without an error."""
 
 
 class TaskError(StatelessifyError, ValueError):

@@ -134,9 +134,11 @@ class Rules(TorchFunctionMode):
 class Watched(Rules):
     """The rules that hold always, for calls that do without the mode once one of them has met no such function."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: When = "always") -> None:
         super().__init__("always")
-        self.entered = self.met = False
+        self.noted: When = noted
+        self.entered = False
+        self.met: set[Any] = set()  # functions with a rule on the noted occasion
 
     def where_needed(self) -> AbstractContextManager[Any]:
         """The mode; nothing where it is not needed, or where another already does its work."""
@@ -151,7 +153,8 @@ class Watched(Rules):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.met = self.met or func in FUNCTIONS["always"]
+        if func in FUNCTIONS[self.noted]:
+            self.met.add(func)
         return super().__torch_function__(func, types, args, kwargs)
 
 

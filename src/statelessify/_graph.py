@@ -1,0 +1,50 @@
+"""Walking autograd's graph."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__: list[str] = []
+
+
+def nodes(results: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """The nodes of the graph of `results`, each once, down to what `inputs` were computed by."""
+    seen = {tensor.grad_fn for tensor in inputs} | {None}
+    stack: list[Any] = [tensor.grad_fn for tensor in results]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(child for child, _ in node.next_functions)
+
+
+# What the decorator makes of any function, so that it can be recognized.
+_ONCE: Any = cast("Any", once_differentiable)(nodes).__code__
+
+
+def is_once_differentiable(node: Any) -> bool:
+    """Whether a node belongs to an `autograd.Function` whose backward is marked as ``@once_differentiable``.
+
+    Under transforms torch wraps the function: the one that the user wrote is then found in closures of the wrapper.
+    """
+    kind: Any = type(node)
+    stack: list[Any] = [getattr(kind, "_forward_cls", None)]
+    seen = set[int]()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, type):
+            item = getattr(cast("Any", item), "backward", None)
+        if not isinstance(item, types.FunctionType) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if item.__code__ is _ONCE:
+            return True
+        stack.extend(cell.cell_contents for cell in item.__closure__ or () if cell.cell_contents is not None)
+    return False
