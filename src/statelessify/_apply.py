@@ -12,12 +12,13 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import functional_call
 
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._skeleton import Skeletons, Slots
+from ._skeleton import Skeleton, Skeletons, Slots, find_slots
 from ._structure import named_parts
 from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
+from ._vacant import storage_of
 from ._words import listed, nearest
-from .errors import CheckpointError, DtypeError, MutationError, NamesError, ShapeError
+from .errors import CheckpointError, DtypeError, ModuleError, MutationError, NamesError, ShapeError
 from .rules._registry import Watched, active_rules, rules
 from .typing import Buffers, Params
 
@@ -39,11 +40,17 @@ class Apply:
         # The shapes as they were: parameters may be moved and cast later, never reshaped.
         self._shapes = {name: tensor.shape for name, tensor in slots.tensors.items()}
         self._places = {**slots.params, **slots.buffers, **{name: (slot,) for name, slot in slots.empty.items()}}
+        self._attributes = {name: vars(t).copy() for name, t in slots.tensors.items() if vars(t)}
+        storages = [storage_of(tensor) for tensor in slots.tensors.values()]
+        self._overlapping = {
+            name for name, place in zip(slots.tensors, storages, strict=True) if place and storages.count(place) > 1
+        }
         self._registered = {name for name, places in self._places.items() if any(p.registered_buffer for p in places)}
         self._skeletons = Skeletons(template, tuple(place for places in self._places.values() for place in places))
         self._resized: set[str] = set()  # buffers that forward has been seen to give another shape,
         self._emptied: set[str] = set()  # and to set to None: from then on they may have, or be missing
         self._probed = False
+        self._aliased = False  # whether forward hangs something on its parameters: then it gets other names for them
         self._watched = Watched()
 
     def __call__(self, params: Params, buffers: Buffers, /, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
@@ -84,6 +91,7 @@ class Apply:
     ) -> tuple[Any, Buffers]:
         inside = transforming()
         versions = {name: _version(tensor) for name, tensor in installed.items()}
+        grads = {} if self._probed else {name: _grad(tensor) for name, tensor in given.items()}
         skeleton = self._skeletons.take()
         holders = skeleton.holders()
         try:
@@ -98,15 +106,45 @@ class Apply:
                 ) from error
             raise
         new_buffers = self._harvest(values, given, installed, versions, params)
-        self._probed = True
+        if not self._probed:
+            self._check_grads(given, grads)
+            self._aliased = self._aliased or any(tensor._backward_hooks for tensor in installed.values())
+            self._probed = True
         if skeleton.holders() == holders:
-            self._skeletons.give_back(skeleton)
+            if not self._skeletons.give_back(skeleton):
+                self._check_new_slots(skeleton, set(map(id, installed.values())))
         elif not inside:
             refuse_reentrant(_tensors(out), (*given.values(), *_tensors((args, kwargs))), self._name)
             if skeleton.pristine.still():
                 written = [name for name in installed if name in new_buffers and new_buffers[name] is not given[name]]
                 keep(skeleton, self._places, installed, written, occasion)
         return out, new_buffers
+
+    def _check_grads(self, given: dict[str, Tensor], grads: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
+        """An error where forward has run a backward pass into the caller's tensors, which get their `.grad` back."""
+        reached: list[str] = []
+        for name, (grad, value) in grads.items():
+            now = _grad(given[name])[0]
+            if now is not grad or (value is not None and grad is not None and not torch.equal(value, grad)):
+                reached.append(name)
+                given[name].grad = grad
+                if grad is not None and value is not None:
+                    grad.data.copy_(value)
+        if reached:
+            raise MutationError(
+                f"`{self._name}` calls `backward` in forward, which adds to the `.grad` of {listed(reached)}; write "
+                "`torch.autograd.grad`"
+            )
+
+    def _check_new_slots(self, skeleton: Skeleton, installed: set[int]) -> None:
+        """An error where forward makes parameters: no one would train them, and each call would draw others."""
+        for name, tensor in find_slots(skeleton.inner).tensors.items():
+            made = name not in self._places and id(tensor) not in installed
+            if made and isinstance(tensor, nn.Parameter) and tensor.is_leaf:
+                raise ModuleError(
+                    f"`{self._name}` makes the parameter `{name}` in forward, which a pure function cannot keep; call "
+                    "the module once before `stateless`, or make its parameters in `__init__`"
+                )
 
     def _flat(self, installed: dict[str, Tensor]) -> dict[str, Any]:
         """The tensors by the path of each slot."""
@@ -133,8 +171,19 @@ class Apply:
                 marked = None if one is None or not floating else tensor * one.to(tensor.device, tensor.dtype)
                 installed[name] = tensor.clone() if marked is None else marked
             else:
-                installed[name] = _as_parameter(tensor if self._probed else tensor.clone())
+                plain = not isinstance(tensor, nn.Parameter) or self._aliased
+                named = tensor if self._probed else tensor.clone()
+                installed[name] = self._as_parameter(name, named) if plain or not self._probed else tensor
         return installed
+
+    def _as_parameter(self, name: str, tensor: Tensor) -> Tensor:
+        """Another name for a tensor, by which it is known as a parameter, with what hangs on the module's own."""
+        if type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+            return tensor
+        named = tensor.as_subclass(Tensor)  # not `view_as`, whose backward refuses sparse gradients
+        for key, value in {**self._attributes.get(name, {}), "_is_param": True}.items():
+            setattr(named, key, value)
+        return named
 
     def _harvest(
         self,
@@ -151,11 +200,17 @@ class Apply:
         for name, places in self._places.items():
             found = [next(remaining) for _ in places]
             before = installed.get(name)
-            value = next((new for new in found if new is not before), before)
+            own = name in self._registered
+            # A parameter's slot that is empty now was cleared for this call; the parameter itself is as it was.
+            value = next((new for new in found if new is not before and (own or new is not None)), before)
             written = value is not before
             if before is not None and not written and name in versions:
                 written = _written(before, versions[name], given[name])
-            own = name in self._registered
+            if written and name in self._overlapping:
+                raise MutationError(
+                    f"`{self._name}` writes into `{name}`, whose storage another of its tensors shares: the other one "
+                    "would not see it; give each a tensor of its own"
+                )
             if written and not own and name not in self._empty:
                 raise MutationError(
                     f"`{self._name}` changes its parameter `{name}` in forward, which a pure function cannot do: "
@@ -239,13 +294,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _as_parameter(tensor: Tensor) -> Tensor:
-    """The tensor, or another name for it, such that ``isinstance(tensor, nn.Parameter)`` holds."""
-    if isinstance(tensor, nn.Parameter) or type(tensor) is not Tensor or torch.compiler.is_compiling():
-        return tensor
-    named = tensor.as_subclass(Tensor)  # not `view_as`, whose backward refuses sparse gradients
-    named._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
-    return named
+def _grad(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The `.grad` of a leaf, and a copy of it."""
+    grad = tensor.grad if tensor.is_leaf else None
+    return grad, None if grad is None else grad.detach().clone()
 
 
 def _version(tensor: Tensor) -> tuple[int, ...]:
@@ -265,7 +317,7 @@ def _written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool
     """
     if _version(installed) != version:
         return True
-    if installed is given or installed.is_meta or transforming():
+    if installed is given or installed.is_meta or installed.layout is not torch.strided or transforming():
         return False
     if torch.equal(installed, given):
         return False

@@ -34,8 +34,7 @@ def is_once_differentiable(node: Any) -> bool:
 
     Under transforms torch wraps the function: the one that the user wrote is then found in closures of the wrapper.
     """
-    kind: Any = type(node)
-    stack: list[Any] = [getattr(kind, "_forward_cls", None)]
+    stack: list[Any] = [getattr(node, "_forward_cls", None)]
     seen = set[int]()
     while stack:
         item = stack.pop()

@@ -180,7 +180,7 @@ def _print(value: Any) -> Any:
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def _register_parameter(part: nn.Module, name: str, param: Tensor | None) -> None:
+def register_parameter(part: nn.Module, name: str, param: Tensor | None) -> None:
     """As torch does, but it takes a parameter that is not a leaf: one that a call has been given may have a graph."""
     if param is None or param.grad_fn is None:
         type(part).register_parameter(part, name, cast("Any", param))
@@ -206,7 +206,7 @@ class Skeleton(nn.Module):
         self._empty = [slot for slot, tensor in zip(self._slots, self.read(), strict=True) if tensor is None]
         self._parts = [part for _, part in named_parts(inner)]
         for part in self._parts:
-            part.__dict__["register_parameter"] = types.MethodType(_register_parameter, part)
+            part.__dict__["register_parameter"] = types.MethodType(register_parameter, part)
         self.pristine = Pristine(inner)
         self._python = [
             (part, name, value)
@@ -272,10 +272,12 @@ class Skeletons:
             pass
         return Skeleton(self.copy(), self.paths)
 
-    def give_back(self, skeleton: Skeleton) -> None:
-        """Use a skeleton again, unless its call has left a trace on it."""
-        if skeleton.pristine.still():
+    def give_back(self, skeleton: Skeleton) -> bool:
+        """Use a skeleton again, unless its call has left a trace on it; whether it will be."""
+        still = skeleton.pristine.still()
+        if still:
             self._idle.append(skeleton)
+        return still
 
     def has_idle(self) -> bool:
         """Whether a skeleton waits to be used again."""

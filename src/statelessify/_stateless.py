@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ._apply import Apply, check_tensors, wrong_shape
 from ._skeleton import Slots, check_is_module, check_supported, find_slots
-from ._structure import copy_structure, is_uninitialized, named_parts
+from ._structure import copy_structure, is_uninitialized, leads_back, named_parts, reachable
 from ._tree import tree_copy
-from ._vacant import vacancies
+from ._vacant import vacancies, views_of
 from ._words import listed, nearest
-from .errors import LazyModuleError, NamesError
+from .errors import LazyModuleError, ModuleError, NamesError
 from .typing import Buffers, Params, Policy
 
 __all__ = ["Stateless", "load_", "stateless"]
@@ -55,7 +55,8 @@ def stateless(
         and in the order of ``module.named_parameters()``.
 
     Raises:
-        ModuleError: a ScriptModule, a DataParallel or DistributedDataParallel wrapper, a compiled module.
+        ModuleError: a ScriptModule, a DataParallel or DistributedDataParallel wrapper, a compiled module; or one that
+            holds parts of itself in an object that cannot be copied.
         LazyModuleError: a lazy module, and no `example_args`.
         PolicyError: an unknown policy, or ``"alias"`` with a move.
 
@@ -75,7 +76,15 @@ def stateless(
     tensors = slots.tensors
     trainable = tree_copy({name: tensors[name] for name in slots.params}, params, device, dtype)
     others = tree_copy({name: tensors[name] for name in slots.buffers}, buffers, device, dtype)
-    return Stateless(Apply(copy_structure(module, vacancies(tensors)), slots), trainable, others)
+    template = copy_structure(module, vacancies(tensors) | views_of(tensors, reachable(module)))
+    back = leads_back(template, module)
+    if back is not None:
+        raise ModuleError(
+            f"`{back}` of `{type(module).__name__}` cannot be copied, and leads to the module's own parts or state: it "
+            "is a generator, a dict with tensors as keys, or an object that hides a part of the module from a copy; "
+            "hold the part itself, or in a list or a dict with names as keys"
+        )
+    return Stateless(Apply(template, slots), trainable, others)
 
 
 def _materialized(module: nn.Module, example_args: Any) -> nn.Module:

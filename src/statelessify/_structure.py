@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .errors import ModuleError
+
 __all__: list[str] = []
 
 
@@ -51,9 +53,14 @@ def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None)
         elif isinstance(item, types.FunctionType):
             memo[id(item)] = _twin_function(item)
         elif isinstance(item, weakref.ref):
-            target: Any = cast("weakref.ref[Any]", item)()
+            target, function = _target(cast("weakref.ref[Any]", item))
             if id(target) in memo:
-                memo[id(cast("Any", item))] = weakref.ref(memo[id(target)])
+                new = memo[id(target)]
+                memo[id(cast("Any", item))] = (
+                    weakref.ref(new) if function is None else weakref.WeakMethod(types.MethodType(function, new))
+                )
+        else:
+            memo[id(item)] = item  # a sentinel, which is compared by identity
     for part in modules:
         shell = memo[id(part)]
         for key, value in part.__dict__.items():
@@ -62,6 +69,7 @@ def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None)
             object.__setattr__(shell, key, _copy_value(value, memo))
     for function in functions:
         twin = memo[id(function)]
+        twin.__dict__.update({key: _copy_value(value, memo) for key, value in function.__dict__.items()})
         for cell, new_cell in zip(function.__closure__ or (), twin.__closure__ or (), strict=True):
             if cell is not new_cell:
                 new_cell.cell_contents = _copy_value(cell.cell_contents, memo)
@@ -86,7 +94,23 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except Exception:
         _forget(memo, size)
-        return value
+        return _rebuilt(value, memo)
+
+
+def _rebuilt(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a dict or a list of the user's own kind, which `copy` cannot make; anything else is shared."""
+    for kind in (dict, list):
+        if isinstance(value, kind):
+            new: Any = kind.__new__(cast("Any", type(cast("Any", value))))
+            memo[id(cast("Any", value))] = new
+            if isinstance(value, dict):
+                dict.update(new, {key: _copy_value(item, memo) for key, item in cast("Any", value).items()})
+            else:
+                list.extend(new, [_copy_value(item, memo) for item in cast("list[Any]", value)])
+            if hasattr(type(new), "__dict__") and getattr(value, "__dict__", None):
+                vars(new).update({key: _copy_value(item, memo) for key, item in vars(cast("Any", value)).items()})
+            return new
+    return value
 
 
 def _forget(memo: dict[int, Any], size: int) -> None:
@@ -104,8 +128,33 @@ def _copies(item: Any) -> bool:
 
 
 def _own_tensor(tensor: Tensor) -> Tensor:
-    # One that needs a gradient is the user's own handle on it (a learned scale in a list): never a copy.
-    return tensor if tensor.requires_grad else tensor.detach().clone()
+    # One that needs a gradient is the user's own handle on it (a learned scale in a list): never a copy. A meta tensor
+    # has no values to copy.
+    return tensor if tensor.requires_grad or tensor.is_meta else tensor.detach().clone()
+
+
+def _target(reference: weakref.ref[Any]) -> tuple[Any, Any]:
+    """What a weak reference leads to; of a method, the object and the function."""
+    target = reference()
+    if isinstance(target, types.MethodType):
+        return target.__self__, target.__func__
+    return target, None
+
+
+def leads_back(copied: nn.Module, original: nn.Module) -> str | None:
+    """The attribute of a copy, if there is one, through which it uses the original, or a state that is not its own.
+
+    A dict with tensors as keys is one, because other tensors will stand in the slots; a generator cannot be copied.
+    """
+    own = {id(item) for item in reachable(original) if isinstance(item, nn.Module)}
+    for prefix, part in named_parts(copied):
+        for name, value in (*part.__dict__.items(), *slot_values(part)):
+            for item in _walk(value, lambda item: not isinstance(item, nn.Module) or id(item) in own):
+                target = _target(cast("Any", item))[0] if isinstance(item, weakref.ref) else item
+                keyed = isinstance(item, dict) and any(isinstance(key, Tensor) for key in cast("Any", item))
+                if id(target) in own or keyed or isinstance(item, types.GeneratorType):
+                    return f"{prefix}.{name}" if prefix else name
+    return None
 
 
 # What a module holds -----------------------------------------------------------------------------------------------
@@ -114,6 +163,9 @@ _PYTHON = (bool, int, float, complex, str, bytes, range, slice, type, type(None)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 ATOMIC: tuple[type, ...] = (*_PYTHON, *_TORCH, types.ModuleType, types.BuiltinFunctionType)
 """Types whose values never change, and hold nothing that does."""
+
+
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 def slot_values(item: object) -> Iterator[tuple[str, Any]]:
@@ -134,10 +186,10 @@ def children(item: Any) -> Iterator[Any]:
 
 
 def _contents(item: Any) -> Iterator[Any]:
-    if isinstance(item, dict):
+    if isinstance(item, (dict, types.MappingProxyType)):
         yield from cast("dict[Any, Any]", item).keys()
         yield from cast("dict[Any, Any]", item).values()
-    elif isinstance(item, (list, tuple, set, frozenset, deque)):
+    elif isinstance(item, (list, tuple, set, frozenset, deque, *_VIEWS)):
         yield from cast("list[Any]", item)
     elif isinstance(item, functools.partial):
         part = cast("functools.partial[Any]", item)
@@ -150,7 +202,7 @@ def _contents(item: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # a cell that is still empty
                 continue
-        yield from (item.__defaults__ or (), item.__kwdefaults__ or {})
+        yield from (item.__defaults__ or (), item.__kwdefaults__ or {}, *item.__dict__.values())
 
 
 def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
@@ -158,6 +210,10 @@ def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
     stack, seen = [root], dict[int, Any]()
     while stack:
         item = stack.pop()
+        if type(item) in weakref.ProxyTypes:
+            raise ModuleError(
+                "the module holds a `weakref.proxy`, which cannot be copied; hold a `weakref.ref` instead"
+            )
         if isinstance(item, ATOMIC) or id(item) in seen or not enter(item):
             continue
         seen[id(item)] = item
@@ -166,12 +222,16 @@ def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
 
 
 def reachable(module: nn.Module) -> Iterator[Any]:
-    """Every module, tensor, generator and weak reference in `module`, and the functions that close over one of them."""
+    """Every module, tensor, generator, weak reference and sentinel in `module`, and functions that close over one."""
     order = list(_walk(module, lambda item: True))
     kinds: Any = (nn.Module, Tensor, torch.Generator, weakref.ref)
     targets = {id(item) for item in order if isinstance(item, kinds)}
     for item in order:
-        if id(item) in targets or (isinstance(item, types.FunctionType) and _closes_over(item, targets)):
+        if (
+            id(item) in targets
+            or type(item) is object
+            or (isinstance(item, types.FunctionType) and _closes_over(item, targets))
+        ):
             yield item
 
 

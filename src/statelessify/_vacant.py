@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import LateUseError
 
@@ -81,3 +82,19 @@ def _stand_in(name: str, tensor: Tensor, traced: bool) -> Tensor:
     if not traced:
         return Vacant(name, tensor.shape, tensor.dtype, tensor.requires_grad)
     return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.requires_grad)
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Where a tensor's values lie; None where it has no storage of the ordinary kind."""
+    if isinstance(tensor, Vacant) or tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor):
+        return None
+    return tensor.untyped_storage().data_ptr() or None
+
+
+def views_of(tensors: Mapping[str, Tensor], held: Iterable[Any]) -> dict[int, Tensor]:
+    """What stands for further tensors that see the storage of one of `tensors`: they would show stale values."""
+    known = {id(tensor) for tensor in tensors.values()}
+    owners = {storage_of(tensor): name for name, tensor in tensors.items()}
+    owners.pop(None, None)
+    views = {id(t): t for t in held if isinstance(t, Tensor) and id(t) not in known and storage_of(t) in owners}
+    return {key: Vacant(owners[storage_of(t)], t.shape, t.dtype, False) for key, t in views.items()}

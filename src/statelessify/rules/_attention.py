@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._transforms import transforming
+from ._fused import twice_differentiable
 from ._registry import Rules, rule
 
 __all__: list[str] = []
@@ -27,35 +28,6 @@ def _composed(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, dropout_p, **options)[0]
-
-
-class _TwiceDifferentiable(torch.autograd.Function):
-    """The fused kernel, whose backward is fused too unless a graph of it is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any) -> Tensor:
-        inputs = (query, key, value, mask)
-        ctx.save_for_backward(*inputs)
-        ctx.options = options
-        with torch.enable_grad():
-            ctx.inner = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            ctx.out = _fused(*ctx.inner, **options)
-        return ctx.out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        again = torch.is_grad_enabled()
-        inputs: Any = ctx.saved_tensors if again else ctx.inner
-        if again:
-            query, key, value, mask = inputs
-            out = _composed(query, key, value, mask, 0.0, ctx.options)
-        else:
-            out = cast("Tensor", ctx.out)
-        wanted = [index for index in range(4) if ctx.needs_input_grad[index]]
-        found = torch.autograd.grad(
-            out, [inputs[index] for index in wanted], grads[0], create_graph=again, retain_graph=True
-        )
-        return (*(found[wanted.index(index)] if index in wanted else None for index in range(4)), None)
 
 
 @rule(
@@ -80,9 +52,16 @@ def _attention(
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_nested for t in inputs)
     if plain and (transforming() or dropout_p > 0):  # a dropout mask could not be drawn again in backward
         return _composed(query, key, value, attn_mask, dropout_p, options)
-    if plain and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return cast("Tensor", _TwiceDifferentiable.apply(query, key, value, attn_mask, options))
-    return _fused(query, key, value, attn_mask, dropout_p, **options)
+    if not plain:
+        return _fused(query, key, value, attn_mask, dropout_p, **options)
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return _fused(query, key, value, mask, **options)
+
+    def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return _composed(query, key, value, mask, 0.0, options)
+
+    return twice_differentiable(fused, composed, query, key, value, attn_mask)
 
 
 def _never(tensors: Any) -> bool:

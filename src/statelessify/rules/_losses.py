@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._transforms import mapping, unwrapped
+from .._transforms import mapping, transforming, unwrapped
+from ._fused import twice_differentiable
 from ._registry import rule
 
 __all__: list[str] = []
@@ -110,13 +111,30 @@ def _gaussian_nll(
 
 @rule(
     F.linear_cross_entropy,
-    why="the chunked path that `options` choose has no forward-mode derivative: it is zero, without an error",
+    why="the chunked path that `options` choose has a zero forward-mode and a wrong second derivative, no error",
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/linear_cross_entropy.py",
+    when="always",
 )
 def _linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, options: Any = None, **kwargs: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    options: Any = None,
+    **kwargs: Any,
 ) -> Tensor:
-    return F.linear_cross_entropy(input, linear_weight, target, **kwargs)
+    def run(options: Any) -> Callable[..., Tensor]:
+        def loss(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, v: Tensor | None) -> Tensor:
+            return F.linear_cross_entropy(x, w, y, linear_bias=b, weight=v, options=options, **kwargs)
+
+        return loss
+
+    inputs = (input, linear_weight, target, linear_bias, weight)
+    if options is None or transforming():
+        return run(None)(*inputs)
+    return twice_differentiable(run(options), run(None), *inputs)
 
 
 _NEVER = -1e30  # the log of a probability that cannot be: finite, so that no gradient is inf - inf

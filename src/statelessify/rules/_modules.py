@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from .._transforms import transforming
+from ..errors import ModuleError
 from ._registry import rule
 
 __all__: list[str] = []
@@ -26,6 +28,35 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         new = nn.Parameter(new, tensor.requires_grad)
     memo[id(tensor)] = new
     return new
+
+
+@rule(
+    cast("Any", Tensor.requires_grad).__get__,
+    why="inside vmap it is False even where a gradient will be taken, so that what is guarded by it is skipped",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py",
+)
+def _requires_grad(tensor: Tensor, *kind: Any) -> bool:
+    while is_functorch_wrapped_tensor(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+@rule(
+    Tensor.requires_grad_,
+    why="a tensor that stands in for a parameter has a graph, and torch changes the flag of leaves only",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/python_variable.cpp",
+    when="always",
+)
+def _set_requires_grad(tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    leaf = tensor.is_leaf and not transforming()
+    if leaf or not isinstance(tensor, nn.Parameter) or tensor.requires_grad == requires_grad:
+        return tensor.requires_grad_(requires_grad)
+    raise ModuleError(
+        f"forward sets `requires_grad` of a parameter of shape {tuple(tensor.shape)}, which a pure function cannot do; "
+        "detach what is computed from it, or split the parameters with `partition`"
+    )
 
 
 @rule(

@@ -97,7 +97,7 @@ def _batch_norm(
         return _affine((x - mean) * torch.rsqrt(var + eps), weight, bias, input.dtype)
     dims = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]
-    if count < 2:
+    if count == 1:
         raise ValueError(f"batch_norm in training mode needs more than one value per channel, not {list(x.shape)}")
     out, mean, var = _standardize(x, dims, eps)
     _track(running_mean, mean.flatten(), momentum)
@@ -121,7 +121,7 @@ def _instance_norm(
     x = _accumulate(input)
     dims = list(range(2, x.ndim))
     count = x.shape[2:].numel()
-    if count < 2:
+    if count == 1:
         raise ValueError(f"instance_norm needs more than one spatial element, not an input of {list(x.shape)}")
     out, mean, var = _standardize(x, dims, eps)
     _track(running_mean, mean.flatten(1).mean(0), momentum)

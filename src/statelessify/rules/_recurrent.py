@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from .._transforms import per_task_one
 from ._registry import rule
 
 __all__: list[str] = []
@@ -17,11 +18,16 @@ def _decomposing(function: Any) -> Any:
     """Run a recurrent function inside one more gradient level.
 
     There torch takes the composite kernel, step by step from matrix products, instead of a fused one; a batching
-    level below it then meets only operations that it knows. The numbers are the same to rounding.
+    level below it then meets only operations that it knows. The numbers are the same to rounding. The hidden state has
+    to be per task, as the kernel adds to it in place.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        slots, tensors = _without_tensors(args)
+    def call(input: Tensor, hidden: Any, *others: Any, **kwargs: Any) -> Any:
+        one = per_task_one([])
+        if one is not None:
+            one = one.to(input.device, input.dtype)
+            hidden = hidden * one if isinstance(hidden, Tensor) else [state * one for state in hidden]
+        slots, tensors = _without_tensors((input, hidden, *others))
 
         def run(*inner: Tensor) -> Any:
             return function(*_with_tensors(slots, iter(inner)), **kwargs)
