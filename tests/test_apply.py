@@ -11,31 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from zoo import (
-    MLP,
-    ZOO,
-    Buffers,
-    EmptySlots,
-    Fails,
-    Frozen,
-    Handles,
-    Member,
-    Norms,
-    Rotating,
-    Structured,
-    WritesParameter,
-    fingerprint,
-    ordinary,
-    perturbed,
-    tensors_in,
-    total,
-)
+from zoo import Member, fingerprint, members, ordinary, perturbed, seeded, tensors_in, total
+from zoo_modules import MLP, Buffers, EmptySlots, Fails, Frozen, Handles, Norms, Rotating, Structured
+from zoo_refused import WritesParameter
 
 from statelessify import errors, stateless
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-members = pytest.mark.parametrize("member", [pytest.param(m, id=name) for name, m in ZOO.items()])
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -47,17 +30,17 @@ def gradients(out: Any, wanted: list[Tensor]) -> list[Tensor]:
 # ---------------------------------------------------------------- right
 
 
-@members
+@members()
 @modes
 def test_agrees_with_the_module(member: Member, training: bool) -> None:
     """Outputs, gradients and buffers, for the module's values and for others, one call after another."""
-    apply, params, buffers = stateless(member.make(training), params="detach", buffers="detach")
+    apply, params, buffers = stateless(member.make(training), params="detach", buffers="detach", **member.split)
     for own in (params, perturbed(params), params):
         x = member.inputs().requires_grad_()
         module = ordinary(member, own, buffers, training)
         names = dict(module.named_parameters())
-        expected = module(x, **member.kwargs)
-        out, new_buffers = apply(own, buffers, x, **member.kwargs)
+        expected = seeded(module, x, **member.kwargs)
+        out, new_buffers = seeded(apply, own, buffers, x, **member.kwargs)
         assert type(out) is type(expected)
         assert_close(tensors_in(out), tensors_in(expected))
         assert_close(gradients(out, [*own.values(), x]), gradients(expected, [*(names[n] for n in own), x]))
@@ -66,18 +49,18 @@ def test_agrees_with_the_module(member: Member, training: bool) -> None:
         assert set(new_buffers) == set(after)
 
 
-@members
+@members()
 @modes
 def test_touches_nothing(member: Member, training: bool) -> None:
     module = member.make(training)
-    apply, params, buffers = stateless(module)
+    apply, params, buffers = stateless(module, **member.split)
     mine, theirs = perturbed(params), perturbed(buffers)
     x, results = member.inputs(), []
     passed = [params, buffers, mine, theirs, x]
     before, given = fingerprint(module), fingerprint(passed)
     for _ in range(3):
         apply(params, buffers, x, **member.kwargs)
-        out, _ = apply(mine, theirs, x, **member.kwargs)
+        out, _ = seeded(apply, mine, theirs, x, **member.kwargs)
         gradients(out, list(mine.values()))
         results.append(out)
     assert fingerprint(module) == before
@@ -94,18 +77,18 @@ def survives_pickling(module: nn.Module, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-@members
+@members()
 def test_pickles_and_deep_copies_whenever_the_module_does(member: Member) -> None:
     module = member.make()
-    apply, params, buffers = stateless(module)
+    apply, params, buffers = stateless(module, **member.split)
     x = member.inputs()
-    expected = tensors_in(apply(params, buffers, x, **member.kwargs)[0])
+    expected = tensors_in(seeded(apply, params, buffers, x, **member.kwargs)[0])
     copies = [copy.deepcopy(apply)]
     if survives_pickling(module, x, **member.kwargs):
         copies.append(pickle.loads(pickle.dumps(apply)))
     for other in copies:
         for _ in range(2):
-            assert_close(tensors_in(other(params, buffers, x, **member.kwargs)[0]), expected)
+            assert_close(tensors_in(seeded(other, params, buffers, x, **member.kwargs)[0]), expected)
 
 
 def test_raising_leaves_no_trace() -> None:

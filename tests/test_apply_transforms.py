@@ -12,20 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.testing import assert_close
-from zoo import MLP, ZOO, EmptySlots, Fails, Member, Norms, WritesParameter, fingerprint, perturbed, tensors_in, total
+from zoo import ZOO, Member, fingerprint, members, perturbed, tensors_in, total
+from zoo_modules import MLP, EmptySlots, Fails, Norms
+from zoo_refused import WritesParameter
 
-from statelessify import stateless, tree_stack, tree_unstack
+from statelessify import stateless, tree_stack
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     # torch's own forward-mode rules are scripted when they are first used
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
-
-
-def only(**flags: bool) -> pytest.MarkDecorator:
-    chosen = {n: m for n, m in ZOO.items() if all(getattr(m, flag) is value for flag, value in flags.items())}
-    return pytest.mark.parametrize("member", [pytest.param(m, id=name) for name, m in chosen.items()])
 
 
 def ensemble_of(params: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
@@ -37,54 +34,6 @@ def close(actual: Any, expected: Any) -> None:
 
 
 # ---------------------------------------------------------------- one level
-
-
-@only(vmaps=True)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_vmap_equals_a_loop(member: Member, training: bool) -> None:
-    """An ensemble on one batch, its buffers shared on the way in; then with inputs and buffers of their own."""
-    module = member.make(training)
-    apply, params, buffers = stateless(module)
-    ensemble, x = ensemble_of(params, 3), member.inputs()
-    before, given = fingerprint(module), fingerprint(buffers)
-
-    def call(params: Any, buffers: Any, x: Tensor) -> Any:
-        out, new_buffers = apply(params, buffers, x, **member.kwargs)
-        return tensors_in(out), new_buffers
-
-    outs, new_buffers = vmap(call, in_dims=(0, None, None))(tree_stack(ensemble), buffers, x)
-    rows = [call(own, buffers, x) for own in ensemble]
-    close([tensors_in(outs), new_buffers], [tree_stack([r[0] for r in rows]), tree_stack([r[1] for r in rows])])
-    floating = {k: v for k, v in new_buffers.items() if v.is_floating_point()}  # counters stay shared inside
-    fixed = {k: v for k, v in rows[0][1].items() if k not in floating}
-    xs = member.inputs(3)
-
-    def again(params: Any, own: Any, x: Tensor) -> Any:
-        return call(params, {**own, **fixed}, x)
-
-    outs, newer = vmap(again)(tree_stack(ensemble), floating, xs)
-    rows = [again(*each) for each in zip(ensemble, tree_unstack(floating) if floating else [{}] * 3, xs, strict=True)]
-    close([tensors_in(outs), newer], [tree_stack([r[0] for r in rows]), tree_stack([r[1] for r in rows])])
-    assert (fingerprint(module), fingerprint(buffers)) == (before, given)
-
-
-@only(vmaps=True)
-def test_gradients_per_task_equal_a_loop(member: Member) -> None:
-    apply, params, buffers = stateless(member.make(), params="detach", buffers="detach")
-    xs = member.inputs(3)
-
-    def loss(params: Any, x: Tensor) -> Any:
-        out, new_buffers = apply(params, buffers, x, **member.kwargs)
-        return total(out), new_buffers
-
-    grads, new_buffers = vmap(grad(loss, has_aux=True), in_dims=(None, 0))(params, xs)
-    for grads_of_one, new_of_one, x in zip(
-        tree_unstack(grads), tree_unstack(new_buffers) if new_buffers else [{}] * 3, xs, strict=True
-    ):
-        value, expected_buffers = loss(params, x)
-        expected = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        close(grads_of_one, dict(zip(params, expected, strict=True)))
-        close(new_of_one, expected_buffers)
 
 
 @pytest.mark.parametrize("make", [Norms, EmptySlots, MLP])
@@ -242,7 +191,7 @@ def test_compiled_code_writes_into_no_parameter_that_was_passed() -> None:
 # ---------------------------------------------------------------- compile
 
 
-@only(compiles=True)
+@members(lambda m: m.compiles)
 def test_compiled_calls_give_the_eager_numbers_each_time(member: Member) -> None:
     torch.compiler.reset()
     module = member.make()

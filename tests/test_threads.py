@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import Fails, Norms, fingerprint, total
+from zoo import fingerprint, total
+from zoo_modules import Fails, Norms
 
 from statelessify import stateless
 

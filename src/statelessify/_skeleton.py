@@ -130,7 +130,7 @@ class Pristine:
         elif self._is_plain(value):
             if isinstance(value, _CONTAINERS) and not len(cast("list[Any]", value)):
                 self._empty.append(cast("Any", value))
-            elif not isinstance(value, (*ATOMIC, weakref.ref)):
+            elif not _is_fixed(value):
                 self._containers.append((cast("Any", value), _print(value)))
         else:
             self._known = False
@@ -162,6 +162,15 @@ _CONTAINERS = (list, tuple, set, frozenset, dict, deque, OrderedDict)
 
 def _same(entries: dict[str, Any], names: list[str], values: list[Any]) -> bool:
     return list(entries) == names and [*map(id, entries.values())] == [*map(id, values)]
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether there is nothing in a plain value that could change."""
+    if isinstance(value, types.MethodType):
+        value = value.__func__
+    if isinstance(value, types.FunctionType):
+        return not (value.__closure__ or value.__dict__ or value.__defaults__ or value.__kwdefaults__)
+    return isinstance(value, (*ATOMIC, weakref.ref, nn.Module))
 
 
 def _print(value: Any) -> Any:

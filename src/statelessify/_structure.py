@@ -99,18 +99,18 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
 
 def _rebuilt(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of a dict or a list of the user's own kind, which `copy` cannot make; anything else is shared."""
-    for kind in (dict, list):
-        if isinstance(value, kind):
-            new: Any = kind.__new__(cast("Any", type(cast("Any", value))))
-            memo[id(cast("Any", value))] = new
-            if isinstance(value, dict):
-                dict.update(new, {key: _copy_value(item, memo) for key, item in cast("Any", value).items()})
-            else:
-                list.extend(new, [_copy_value(item, memo) for item in cast("list[Any]", value)])
-            if hasattr(type(new), "__dict__") and getattr(value, "__dict__", None):
-                vars(new).update({key: _copy_value(item, memo) for key, item in vars(cast("Any", value)).items()})
-            return new
-    return value
+    kind: Any = next((kind for kind in (dict, list) if issubclass(type(value), kind)), None)
+    if kind is None:
+        return value
+    new: Any = kind.__new__(type(value))
+    memo[id(value)] = new
+    if kind is dict:
+        kind.update(new, {key: _copy_value(item, memo) for key, item in value.items()})
+    else:
+        kind.extend(new, [_copy_value(item, memo) for item in value])
+    for key, item in getattr(value, "__dict__", {}).items():
+        vars(new)[key] = _copy_value(item, memo)
+    return new
 
 
 def _forget(memo: dict[int, Any], size: int) -> None:
@@ -165,7 +165,8 @@ ATOMIC: tuple[type, ...] = (*_PYTHON, *_TORCH, types.ModuleType, types.BuiltinFu
 """Types whose values never change, and hold nothing that does."""
 
 
-_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
+_EMPTY: dict[Any, Any] = {}
+_VIEWS: tuple[type, ...] = (type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
 
 
 def slot_values(item: object) -> Iterator[tuple[str, Any]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._transforms import transforming
 from ._fused import twice_differentiable
-from ._registry import Rules, rule
+from ._registry import Rules, rule, rules
 
 __all__: list[str] = []
 
@@ -68,19 +69,34 @@ def _never(tensors: Any) -> bool:
     return False
 
 
-# The same code, that no longer asks whether a mode wants to be called instead: it is run inside one.
-_multi_head = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": _never},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
+def _twin(function: Any, **names: Any) -> Any:
+    """The same code, in which some global names mean something else."""
+    return types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__
+    )
+
+
+# It no longer asks whether a mode wants to be called instead: it is run inside one.
+_multi_head = _twin(F.multi_head_attention_forward, has_torch_function=_never)
+
+# It needs no mode, which would take longer than what it computes.
+_multi_head_alone = _twin(
+    F.multi_head_attention_forward, has_torch_function=_never, scaled_dot_product_attention=_attention
 )
+_forward_alone = _twin(
+    nn.MultiheadAttention.forward,
+    F=types.SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _multi_head_alone}),
+)
+
+_FAST_PATH = "in evaluation the result of its fast path depends on what requires a gradient"
+_MHA = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/activation.py"
+_TRANSFORMER = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py"
 
 
 @rule(
     F.multi_head_attention_forward,
-    why="it calls the fused kernel; and in evaluation its fast path's result depends on what requires a gradient",
-    upstream="https://github.com/pytorch/pytorch/issues/97166",
+    why=f"it calls the fused kernel, which has no second derivative; {_FAST_PATH}",
+    upstream=_MHA,
     when="always",
 )
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
@@ -88,3 +104,69 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
         return F.multi_head_attention_forward(*args, **kwargs)
     with Rules("transforms" if transforming() else "always"):
         return _multi_head(*args, **kwargs)
+
+
+@rule(
+    nn.MultiheadAttention,
+    why=f"it calls the fused kernel, which has no second derivative; {_FAST_PATH}",
+    upstream=_MHA,
+    when="always",
+)
+def _attention_module(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+    if self.training and not transforming():
+        return _forward_alone(self, *args, **kwargs)
+    with rules("transforms" if transforming() else "always"):  # while a mode is active there is no fast path
+        return nn.MultiheadAttention.forward(self, *args, **kwargs)
+
+
+@rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")
+def _encoder_layer(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
+    with nullcontext() if self.training else rules("transforms" if transforming() else "always"):
+        return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
+
+
+@rule(
+    nn.TransformerEncoder,
+    why=f"it compares a mask with the causal one, a branch on values that is only a hint to a kernel; {_FAST_PATH}",
+    upstream=_TRANSFORMER,
+    when="always",
+)
+def _encoder(
+    self: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    hint = bool(is_causal) if transforming() else is_causal
+    with nullcontext() if self.training else rules("transforms" if transforming() else "always"):
+        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, hint)
+
+
+@rule(
+    nn.TransformerDecoder,
+    why="it compares a mask with the causal one, a branch on values that is only a hint to a kernel",
+    upstream=_TRANSFORMER,
+)
+def _decoder(
+    self: nn.TransformerDecoder,
+    tgt: Tensor,
+    memory: Tensor,
+    tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    return nn.TransformerDecoder.forward(
+        self,
+        tgt,
+        memory,
+        tgt_mask,
+        memory_mask,
+        tgt_key_padding_mask,
+        memory_key_padding_mask,
+        bool(tgt_is_causal),
+        memory_is_causal,
+    )

@@ -29,12 +29,11 @@ def _embedding(
 ) -> Tensor:
     if max_norm is not None:  # it changes the weight in place, which is an error of its own
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    rows = torch.arange(weight.shape[0], device=weight.device)
-    if padding_idx is not None:
-        weight = torch.where((rows == padding_idx % weight.shape[0])[:, None], weight.detach(), weight)
     out = F.embedding(input, weight)
+    if padding_idx is not None:
+        out = torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), out.detach(), out)
     if scale_grad_by_freq:
-        counts = (input.reshape(-1, 1) == rows).sum(0)
+        counts = (input.reshape(-1, 1) == torch.arange(weight.shape[0], device=weight.device)).sum(0)
         fixed = out.detach()
         out = fixed + (out - fixed) / counts[input].unsqueeze(-1)
     return out

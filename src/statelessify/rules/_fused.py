@@ -18,7 +18,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def forward(ctx: Any, fused: Callable[..., Tensor], composed: Callable[..., Tensor], *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.composed = composed
-        with torch.enable_grad():
+        with torch.enable_grad(), torch._C.DisableTorchFunction():  # else a mode would come back to the rule
             ctx.inner = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
             ctx.out = fused(*ctx.inner)
         return ctx.out.detach()
@@ -42,4 +42,5 @@ def twice_differentiable(
     """``fused(*inputs)`` in eager code, with every derivative; `composed` is the same function of elementary ones."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return cast("Tensor", _TwiceDifferentiable.apply(fused, composed, *inputs))
-    return fused(*inputs)
+    with torch._C.DisableTorchFunction():
+        return fused(*inputs)

@@ -60,48 +60,6 @@ def _set_requires_grad(tensor: Tensor, requires_grad: bool = True) -> Tensor:
 
 
 @rule(
-    nn.TransformerEncoder,
-    why="it compares a mask with the causal one, a branch on values; what it finds is only a hint to a kernel",
-    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py",
-)
-def _encoder(self: nn.TransformerEncoder, src: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    if len(args) < 2:
-        kwargs["is_causal"] = bool(kwargs.get("is_causal"))
-    else:
-        args = (args[0], bool(args[1]))
-    return nn.TransformerEncoder.forward(self, src, mask, *args, **kwargs)
-
-
-@rule(
-    nn.TransformerDecoder,
-    why="it compares a mask with the causal one, a branch on values; what it finds is only a hint to a kernel",
-    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/transformer.py",
-)
-def _decoder(
-    self: nn.TransformerDecoder,
-    tgt: Tensor,
-    memory: Tensor,
-    tgt_mask: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-    tgt_key_padding_mask: Tensor | None = None,
-    memory_key_padding_mask: Tensor | None = None,
-    tgt_is_causal: bool | None = None,
-    memory_is_causal: bool = False,
-) -> Tensor:
-    return nn.TransformerDecoder.forward(
-        self,
-        tgt,
-        memory,
-        tgt_mask,
-        memory_mask,
-        tgt_key_padding_mask,
-        memory_key_padding_mask,
-        bool(tgt_is_causal),
-        memory_is_causal,
-    )
-
-
-@rule(
     nn.AdaptiveLogSoftmaxWithLoss,
     why="it gathers the rows of each cluster, whose number depends on values",
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/adaptive.py",

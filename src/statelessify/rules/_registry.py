@@ -44,7 +44,11 @@ def _dotted(target: Any) -> str:
     place = str(getattr(target, "__module__", None) or "torch")
     if place.startswith(("torch.nn.modules.", "torch._C._nn")):
         place = "torch.nn" if isinstance(target, type) else "torch.nn.functional"
-    return f"{place}.{getattr(target, '__name__', target)}"
+    name = str(getattr(target, "__name__", target))
+    attribute: Any = getattr(target, "__self__", None) if name == "__get__" else None
+    if attribute is not None:
+        return f"torch.Tensor.{attribute.__name__}"
+    return f"{'torch.Tensor' if hasattr(target, '__objclass__') else place}.{name}"
 
 
 RULES: list[Rule] = []
@@ -182,9 +186,11 @@ def rules_here() -> AbstractContextManager[Any]:
 
 def rule_of(part: nn.Module) -> Rule | None:
     """The rule that holds for a module: that of the class which its forward comes from."""
-    if "forward" in part.__dict__:
-        return None
-    for cls in type(part).__mro__:
+    return None if "forward" in part.__dict__ else _rule_of_class(type(part))
+
+
+def _rule_of_class(kind: type[nn.Module]) -> Rule | None:
+    for cls in kind.__mro__:
         if "forward" in cls.__dict__:
             return MODULES.get(cast("Any", cls))
     return None
@@ -193,21 +199,14 @@ def rule_of(part: nn.Module) -> Rule | None:
 def install(module: nn.Module) -> nn.Module:
     """Give each part of a private copy the forward of its rule."""
     for _, part in named_parts(module):
-        found = rule_of(part)
-        if found is not None:
-            part.__dict__["forward"] = types.MethodType(_chosen(found), part)
+        if rule_of(part) is not None:
+            part.__dict__["forward"] = types.MethodType(forward, part)
     return module
 
 
-_chosen_cache: dict[int, Callable[..., Any]] = {}
-
-
-def _chosen(found: Rule) -> Callable[..., Any]:
-    """A forward that follows the rule where it holds; one function for each rule, so that copies can share it."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if found.when == "always" or transforming():
-            return found.call(self, *args, **kwargs)
-        return cast("Any", type(self)).forward(self, *args, **kwargs)
-
-    return _chosen_cache.setdefault(id(found.call), forward)
+def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What runs as the forward of a module with a rule: the rule where it holds."""
+    found = _rule_of_class(type(part))
+    if found is not None and (found.when == "always" or transforming()):
+        return found.call(part, *args, **kwargs)
+    return cast("Any", type(part)).forward(part, *args, **kwargs)
