@@ -12,6 +12,10 @@ nox.options.reuse_venv = "yes"
 
 PINNED = ("--constraint", "constraints.txt")
 PEERS = ("higher", "numpy")  # what tests and benchmarks compare with
+DATABASE = "expecttest"  # torch's own module database needs it
+WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
+# One thread per worker: torch's own threads would fight over the cores with the other workers.
+QUIET = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 HEADLESS = {"MPLBACKEND": "Agg"}
 
 
@@ -24,10 +28,16 @@ def install_project(session: nox.Session, *requirements: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests on the built wheel, in parallel; arguments go to pytest (`-- -n0 -k sgd`, `-- --cov`)."""
-    install_project(session, ".[testing,examples]", "pytest-cov", "pytest-xdist", *PEERS)
-    # One thread per worker: torch's own threads would fight over the cores with the other workers.
-    workers = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
-    session.run("pytest", *workers, *session.posargs, env={"OMP_NUM_THREADS": "1", **HEADLESS})
+    install_project(session, ".[testing,examples]", "pytest-cov", "pytest-xdist", DATABASE, *PEERS)
+    session.run("pytest", *WORKERS, *session.posargs, env=QUIET)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Every sample of torch's module database, the zoo and Hugging Face models, and a table of what holds."""
+    install_project(session, ".[testing]", "pytest-xdist", DATABASE, "transformers")
+    files = [f"tests/test_{name}.py" for name in ("conformance", "transformers", "apply", "apply_members")]
+    session.run("pytest", "--conformance", *WORKERS, *files, *session.posargs, env=QUIET)
 
 
 @nox.session

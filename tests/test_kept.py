@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -134,8 +135,29 @@ def test_checkpointing_inside_transforms_is_a_named_error(reentrant: bool) -> No
         grad(loss)(params)
     with pytest.raises(errors.CheckpointError, match="switch it off"):
         over_tasks(lambda scale: grad(lambda p: loss(p) * scale)(params), in_dims=0)(torch.ones(3))
-    with pytest.raises((errors.CheckpointError, errors.LateUseError)):
-        adapt_tasks(lambda p, s: loss(p) * s, params, torch.ones(3), optimizer=optim.sgd(0.1), steps=1)
+
+
+def test_tasks_with_checkpointing_take_the_loop() -> None:
+    """Under vmap the recomputation would come when vmap is over; the numbers are those of the plain module."""
+    apply, plain, params, buffers = pair("attention", "method")
+    xs, found = torch.randn(3, 5, 4), []
+    for each in (apply, plain):
+
+        def loss(p: Any, x: Tensor, each: Any = each) -> Tensor:
+            return each(p, buffers, x)[0].square().sum()
+
+        warns = pytest.warns(UserWarning, match="outside the call") if each is apply else nullcontext()
+        with warns:
+            adapted = adapt_tasks(loss, params, xs, optimizer=optim.sgd(0.1), steps=2)
+        values = over_tasks(loss, in_dims=0, backend="loop")(adapted.params, xs)
+        found.append((values, torch.autograd.grad(values.sum(), list(params.values()))))
+    assert_close(*found, rtol=1e-9, atol=1e-11)
+    with pytest.raises(errors.LateUseError, match="backend="):
+        adapt_tasks(loss_of(apply, buffers), params, xs, optimizer=optim.sgd(0.1), steps=1, backend="vmap")
+
+
+def loss_of(apply: Any, buffers: Any) -> Callable[..., Tensor]:
+    return lambda p, x: apply(p, buffers, x)[0].square().sum()
 
 
 # ---------------------------------------------------------------- other things that outlive a call

@@ -30,7 +30,7 @@ from ._task_trees import (
 from ._tasks import Mapper, random_state, set_random_state
 from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
-from .errors import TaskError
+from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
 from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
@@ -175,7 +175,12 @@ class _Run(NamedTuple):
             return out.tree
 
         given = {"batches": batch.tree, "carry": carry.tree}
-        values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
+        try:
+            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
+        except LateUseError as error:  # backward runs a part of the module again, when vmap is over
+            if not self.mapper.fall_back(error, self.loss):
+                raise
+            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
         leaves, spec = tree_flatten(carried)
         return values, Tasks(leaves, mapped[-1], spec), grads
 

@@ -116,7 +116,7 @@ _warned: set[Any] = set()
 def _warn_once(key: Any, message: str) -> None:
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
 
 class Mapper:
@@ -134,6 +134,7 @@ class Mapper:
         self.randomness: Randomness = randomness
         self._loops = backend == "loop" or (backend == "auto" and tasks == 1)
         self._falls_back = backend == "auto"
+        self._random_state: list[Tensor] = []
 
     def __call__(self, fn: Callable[..., Any], args: Tasks, source: Callable[..., Any] | None = None) -> Tasks:
         """``fn(*args)`` for each task; `source` is the user's function, for messages."""
@@ -143,7 +144,7 @@ class Mapper:
             return _loop(fn, args, count, self.randomness)
         if torch.compiler.is_compiling():
             return _vmap(fn, args, self.chunk_size, self.randomness)
-        before = random_state()
+        self._random_state = before = random_state()
         try:
             return _vmap(fn, args, self.chunk_size, self.randomness)
         except StatelessifyError:
@@ -151,19 +152,31 @@ class Mapper:
         except Exception as error:
             set_random_state(before)
             result = _loop(fn, args, count, self.randomness)  # if it raises too, its error is the one that helps
-            blamed, reason = _blame(error, source or fn), _first_line(error)
             if not self._falls_back:
                 raise VmapError(
-                    f"torch.vmap cannot batch {blamed}: {reason}; "
+                    f"torch.vmap cannot batch {_blame(error, source or fn)}: {_first_line(error)}; "
                     'write `backend="loop"`, or "auto" to take the loop where it is needed'
                 ) from error
-            self._loops = True
-            _warn_once(
-                getattr(source or fn, "__code__", None) or id(source or fn),
-                f"torch.vmap cannot batch {blamed} ({reason}); its tasks run in a loop instead, with the same numbers. "
-                'Write `backend="loop"` to silence this',
-            )
+            after = random_state()
+            self.fall_back(error, source or fn)
+            set_random_state(after)
             return result
+
+    def fall_back(self, error: Exception, source: Callable[..., Any]) -> bool:
+        """Stay with the loop from now on, with one warning, if that was left open; whether it was.
+
+        The random state is then that before the last call, which can be repeated.
+        """
+        if self._loops or not self._falls_back:
+            return False
+        self._loops = True
+        set_random_state(self._random_state)
+        _warn_once(
+            getattr(source, "__code__", None) or id(source),
+            f"torch.vmap cannot batch {_blame(error, source)} ({_first_line(error)}); its tasks run in a loop instead, "
+            'with the same numbers. Write `backend="loop"` to silence this',
+        )
+        return True
 
 
 def _first_line(error: BaseException) -> str:

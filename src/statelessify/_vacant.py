@@ -38,8 +38,9 @@ class Vacant(Tensor):
         slot = next((arg.slot for arg in args if isinstance(arg, Vacant)), "?")
         raise LateUseError(
             f"`{slot}` is used outside the call that it was passed to, or past its slot: by code that runs after "
-            "`apply` has returned (activation checkpointing, a returned closure), or through a second reference such "
-            "as a list of weights; use the module's own attribute, inside forward"
+            '`apply` has returned (a returned closure; activation checkpointing under vmap, where `backend="loop"` '
+            "helps), or through a second reference such as a list of weights; use the module's own attribute, inside "
+            "forward"
         )
 
     def __repr__(self, **_: Any) -> str:
