@@ -55,9 +55,9 @@ LEVELS = {
         [
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph",
-            "rules _task_trees",
+            "rules _task_trees _pristine",
             "_skeleton _tasks _checkpoint optim implicit",
-            "_kept _gradient",
+            "_effects _kept _gradient",
             "_apply",
             "_stateless",
             "_adapt explain",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from zoo_modules import MLP, Buffers, EmptySlots, Fails, Frozen, Norms, PythonState, Tied, WeakParent, shared_submodule
 
 from statelessify import stateless
-from statelessify._skeleton import Pristine, Skeletons, find_slots
+from statelessify._pristine import Pristine
+from statelessify._skeleton import Skeletons, find_slots
 from statelessify._structure import copy_structure
 from statelessify._vacant import vacancies
 

@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.func import functional_call
 
+from ._effects import Grads, check_grads, check_new_slots, grads_of, is_written, version_of
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._skeleton import Skeleton, Skeletons, Slots, find_slots
+from ._skeleton import Skeletons, Slots
 from ._structure import named_parts
 from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
 from ._vacant import storage_of
 from ._words import listed, nearest
-from .errors import CheckpointError, DtypeError, ModuleError, MutationError, NamesError, ShapeError
+from .errors import CheckpointError, DtypeError, MutationError, NamesError, ShapeError
 from .rules._registry import Watched, active_rules, rules
 from .typing import Buffers, Params
 
@@ -90,8 +90,8 @@ class Apply:
         kwargs: dict[str, Any],
     ) -> tuple[Any, Buffers]:
         inside = transforming()
-        versions = {name: _version(tensor) for name, tensor in installed.items()}
-        grads = {} if self._probed else {name: _grad(tensor) for name, tensor in given.items()}
+        versions = {name: version_of(tensor) for name, tensor in installed.items()}
+        grads: Grads = {} if self._probed else grads_of(given)
         skeleton = self._skeletons.take()
         holders = skeleton.holders()
         try:
@@ -107,44 +107,18 @@ class Apply:
             raise
         new_buffers = self._harvest(values, given, installed, versions, params)
         if not self._probed:
-            self._check_grads(given, grads)
+            check_grads(given, grads, self._name)
             self._aliased = self._aliased or any(tensor._backward_hooks for tensor in installed.values())
             self._probed = True
         if skeleton.holders() == holders:
             if not self._skeletons.give_back(skeleton):
-                self._check_new_slots(skeleton, set(map(id, installed.values())))
+                check_new_slots(skeleton, self._places, set(map(id, installed.values())), self._name)
         elif not inside:
             refuse_reentrant(_tensors(out), (*given.values(), *_tensors((args, kwargs))), self._name)
             if skeleton.pristine.still():
                 written = [name for name in installed if name in new_buffers and new_buffers[name] is not given[name]]
                 keep(skeleton, self._places, installed, written, occasion)
         return out, new_buffers
-
-    def _check_grads(self, given: dict[str, Tensor], grads: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
-        """An error where forward has run a backward pass into the caller's tensors, which get their `.grad` back."""
-        reached: list[str] = []
-        for name, (grad, value) in grads.items():
-            now = _grad(given[name])[0]
-            if now is not grad or (value is not None and grad is not None and not torch.equal(value, grad)):
-                reached.append(name)
-                given[name].grad = grad
-                if grad is not None and value is not None:
-                    grad.data.copy_(value)
-        if reached:
-            raise MutationError(
-                f"`{self._name}` calls `backward` in forward, which adds to the `.grad` of {listed(reached)}; write "
-                "`torch.autograd.grad`"
-            )
-
-    def _check_new_slots(self, skeleton: Skeleton, installed: set[int]) -> None:
-        """An error where forward makes parameters: no one would train them, and each call would draw others."""
-        for name, tensor in find_slots(skeleton.inner).tensors.items():
-            made = name not in self._places and id(tensor) not in installed
-            if made and isinstance(tensor, nn.Parameter) and tensor.is_leaf:
-                raise ModuleError(
-                    f"`{self._name}` makes the parameter `{name}` in forward, which a pure function cannot keep; call "
-                    "the module once before `stateless`, or make its parameters in `__init__`"
-                )
 
     def _flat(self, installed: dict[str, Tensor]) -> dict[str, Any]:
         """The tensors by the path of each slot."""
@@ -171,9 +145,9 @@ class Apply:
                 marked = None if one is None or not floating else tensor * one.to(tensor.device, tensor.dtype)
                 installed[name] = tensor.clone() if marked is None else marked
             else:
-                plain = not isinstance(tensor, nn.Parameter) or self._aliased
-                named = tensor if self._probed else tensor.clone()
-                installed[name] = self._as_parameter(name, named) if plain or not self._probed else tensor
+                as_it_is = self._probed and isinstance(tensor, nn.Parameter) and not self._aliased
+                source = tensor if self._probed else tensor.clone()
+                installed[name] = tensor if as_it_is else self._as_parameter(name, source)
         return installed
 
     def _as_parameter(self, name: str, tensor: Tensor) -> Tensor:
@@ -205,7 +179,7 @@ class Apply:
             value = next((new for new in found if new is not before and (own or new is not None)), before)
             written = value is not before
             if before is not None and not written and name in versions:
-                written = _written(before, versions[name], given[name])
+                written = is_written(before, versions[name], given[name])
             if written and name in self._overlapping:
                 raise MutationError(
                     f"`{self._name}` writes into `{name}`, whose storage another of its tensors shares: the other one "
@@ -220,7 +194,8 @@ class Apply:
             if name in params:
                 continue
             if value is None:
-                self._emptied.update(name for name in (name,) if own and name in self._shapes)
+                if own and name in self._shapes:
+                    self._emptied.add(name)
                 continue
             harvest[name] = given[name] if not written and (not own or (eager and name in versions)) else value
             if name in self._shapes and value.shape != self._shapes[name]:
@@ -292,37 +267,6 @@ class Apply:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _grad(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The `.grad` of a leaf, and a copy of it."""
-    grad = tensor.grad if tensor.is_leaf else None
-    return grad, None if grad is None else grad.detach().clone()
-
-
-def _version(tensor: Tensor) -> tuple[int, ...]:
-    """How often a tensor has been written to, at each level of transforms."""
-    versions: list[int] = []
-    while is_functorch_wrapped_tensor(tensor):
-        versions.append(tensor._version)
-        tensor = get_unwrapped(tensor)
-    return (*versions, 0 if tensor.is_inference() else tensor._version)
-
-
-def _written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool:
-    """Whether a call has written into a tensor.
-
-    Versions do not count what goes through ``.data``, nor what a fused batch norm does to its statistics: so in eager
-    code a clone is compared with what it is a clone of.
-    """
-    if _version(installed) != version:
-        return True
-    if installed is given or installed.is_meta or installed.layout is not torch.strided or transforming():
-        return False
-    if torch.equal(installed, given):
-        return False
-    same = (installed == given) | ((installed != installed) & (given != given))
-    return not bool(same.all())
 
 
 def check_tensors(what: str, tree: Any) -> None:

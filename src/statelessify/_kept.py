@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -68,6 +68,8 @@ def guard_methods(module: nn.Module, when: When | None = None) -> None:
         for name, function in vars(cls).items():
             if isinstance(function, types.FunctionType) and not name.startswith("__") and name not in module.__dict__:
                 module.__dict__[name] = types.MethodType(_guarded(function, when), module)
+    hooks_too = _guarded(cast("Any", nn.Module)._call_impl, when)
+    module.__dict__["_call_impl"] = types.MethodType(hooks_too, module)
 
 
 def _guarded(function: Callable[..., Any], when: When | None) -> Callable[..., Any]:

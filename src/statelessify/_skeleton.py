@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import types
-import weakref
-from collections import OrderedDict, deque
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._structure import ATOMIC, children, copy_structure, is_uninitialized, named_parts, slot_values
+from ._pristine import Pristine
+from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
 from .rules._registry import install
@@ -96,94 +95,6 @@ def check_supported(module: nn.Module) -> None:
                 f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; "
                 "pass `example_args=(x,)`, or call the module once first"
             )
-
-
-class Pristine:
-    """What a skeleton looked like before its first call, to tell whether a call has left a trace on it.
-
-    A skeleton is used again only if everything it holds is known to be unchanged: values by identity, plain tensors by
-    their version, containers of plain values by what they print. Anything else is never used twice.
-    """
-
-    def __init__(self, skeleton: nn.Module) -> None:
-        self._parts = set(map(id, skeleton.modules()))
-        self._known = True
-        self._entries: list[tuple[dict[str, Any], list[str], list[Any]]] = []
-        self._tensors: list[tuple[Tensor, int]] = []
-        self._empty: list[Any] = []
-        self._containers: list[tuple[Any, Any]] = []
-        for part in skeleton.modules():
-            if any(True for _ in slot_values(part)):
-                self._known = False
-            for entries in (part.__dict__, part._modules, part._parameters, part._buffers):
-                if entries:
-                    self._entries.append((cast("Any", entries), list(entries), list(entries.values())))
-                else:
-                    self._empty.append(entries)
-            for name, value in part.__dict__.items():
-                if name not in ("_parameters", "_buffers", "_modules"):
-                    self._classify(value)
-
-    def _classify(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self._tensors.append((value, value._version))
-        elif self._is_plain(value):
-            if isinstance(value, _CONTAINERS) and not len(cast("list[Any]", value)):
-                self._empty.append(cast("Any", value))
-            elif not _is_fixed(value):
-                self._containers.append((cast("Any", value), _print(value)))
-        else:
-            self._known = False
-
-    def _is_plain(self, value: Any, depth: int = 0) -> bool:
-        """Whether a value is built of tensors, immutable values and the skeleton's own parts: its print tells all."""
-        if isinstance(value, (*ATOMIC, weakref.ref, Tensor)) or id(value) in self._parts:
-            return True
-        inside = type(value) in _CONTAINERS or isinstance(value, (types.FunctionType, types.MethodType))
-        if not inside or depth > 8 or (isinstance(value, types.FunctionType) and value.__dict__):
-            return False
-        return all(self._is_plain(child, depth + 1) for child in children(value))
-
-    def still(self) -> bool:
-        """Whether the skeleton is as it was."""
-        return self._known and self.unshared() and all(_same(*entry) for entry in self._entries)
-
-    def unshared(self) -> bool:
-        """Whether nobody has written into what a call may have handed out."""
-        if any(self._empty):
-            return False
-        return all(tensor._version == version for tensor, version in self._tensors) and all(
-            _print(now) == before for now, before in self._containers
-        )
-
-
-_CONTAINERS = (list, tuple, set, frozenset, dict, deque, OrderedDict)
-
-
-def _same(entries: dict[str, Any], names: list[str], values: list[Any]) -> bool:
-    return list(entries) == names and [*map(id, entries.values())] == [*map(id, values)]
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether there is nothing in a plain value that could change."""
-    if isinstance(value, types.MethodType):
-        value = value.__func__
-    if isinstance(value, types.FunctionType):
-        return not (value.__closure__ or value.__dict__ or value.__defaults__ or value.__kwdefaults__)
-    return isinstance(value, (*ATOMIC, weakref.ref, nn.Module))
-
-
-def _print(value: Any) -> Any:
-    """What a plain value holds, in a form that can be compared and holds nothing itself."""
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, (nn.Module, weakref.ref)):
-        return id(cast("Any", value))
-    if type(value) in _CONTAINERS or isinstance(value, types.MethodType):
-        return [_print(child) for child in children(value)]
-    if isinstance(value, types.FunctionType):
-        return [id(value), *map(_print, children(value))]
-    return repr(value)
 
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)

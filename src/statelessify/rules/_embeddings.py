@@ -98,7 +98,7 @@ def _embedding_bag(
         member = member & (flat != padding_idx % weight.shape[0])
     if mode == "max":
         spread = torch.where(member[..., None], entries, float("-inf"))
-        best = spread.amax(1) if flat.shape[0] else spread.sum(1)
+        best = spread.max(1).values if flat.shape[0] else spread.sum(1)
         return torch.where(member.any(1)[:, None], best, 0.0)
     total = torch.where(member[..., None], entries, 0.0).sum(1)
     return total if mode == "sum" else total / member.sum(1).clamp(min=1)[:, None]

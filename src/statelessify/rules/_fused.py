@@ -26,7 +26,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         again = torch.is_grad_enabled()
-        inputs: Any = ctx.saved_tensors if again else ctx.inner
+        # One input may be computed from another: other names keep the gradients of the two apart.
+        inputs: Any = [t if t is None else t.view_as(t) for t in ctx.saved_tensors] if again else ctx.inner
         out = cast("Tensor", ctx.composed(*inputs) if again else ctx.out)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         found = torch.autograd.grad(

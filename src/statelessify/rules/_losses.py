@@ -49,8 +49,10 @@ def _multi_margin(
     """``sum_{j != y} weight_y max(0, margin - x_y + x_j)^p / classes``."""
     if p not in (1, 2):
         raise ValueError(f"`p={p}` is not 1 or 2")
-    index = target.unsqueeze(-1)
-    terms = (margin - input.gather(-1, index) + input).clamp(min=0)
+    if input.ndim not in (1, 2) or target.numel() != input.shape[:-1].numel():
+        raise ValueError(f"a target of shape {tuple(target.shape)} does not fit an input of {tuple(input.shape)}")
+    index = target.reshape(input.shape[:-1]).unsqueeze(-1)
+    terms = torch.relu(margin - input.gather(-1, index) + input)
     if p == 2:
         terms = terms * terms
     if weight is not None:
@@ -69,12 +71,14 @@ def _multilabel_margin(
     reduction: str = "mean",
 ) -> Tensor:
     """``sum_{labels y} sum_{classes j that are no label} max(0, 1 - x_y + x_j) / classes``; a -1 ends the labels."""
+    if input.ndim not in (1, 2) or target.shape != input.shape:
+        raise ValueError(f"a target of shape {tuple(target.shape)} does not fit an input of {tuple(input.shape)}")
     classes = input.shape[-1]
     listed = (target >= 0).cumprod(-1).bool()
     index = torch.where(listed, target, 0)
     one_hot = torch.arange(classes, device=input.device) == index.unsqueeze(-1)  # (..., labels, classes)
     is_label = (one_hot & listed.unsqueeze(-1)).any(-2)
-    terms = (1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2)).clamp(min=0)
+    terms = torch.relu(1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2))
     counted = listed.unsqueeze(-1) & ~is_label.unsqueeze(-2)
     losses = torch.where(counted, terms, 0.0).sum((-2, -1)) / classes
     return _reduced(losses, _legacy(size_average, reduce, reduction))
@@ -168,7 +172,7 @@ def _ctc(
     labels = _padded_labels(targets, label_lengths, batch, blank)
     states = 2 * labels.shape[1] + 1
     extended = torch.stack([labels, torch.full_like(labels, blank)], -1).flatten(1)
-    extended = torch.cat([torch.full_like(labels[:, :1], blank), extended], 1)  # (batch, states)
+    extended = torch.cat([labels.new_full((batch, 1), blank), extended], 1)  # (batch, states)
     emitted = log_probs.gather(2, extended.expand(frames, batch, states))
     skips = torch.zeros_like(extended, dtype=torch.bool)
     skips[:, 2:] = (extended[:, 2:] != blank) & (extended[:, 2:] != extended[:, :-2])
@@ -176,12 +180,13 @@ def _ctc(
     never = torch.full_like(emitted[0], _NEVER)
     alpha = torch.where(position < 2, emitted[0], never) if frames else never
     for t in range(1, frames):
-        one = torch.cat([never[:, :1], alpha[:, :-1]], 1)
-        two = torch.where(skips, torch.cat([never[:, :2], alpha[:, :-2]], 1)[:, :states], never)
+        one = F.pad(alpha, (1, 0), value=_NEVER)[:, :states]
+        two = torch.where(skips, F.pad(alpha, (2, 0), value=_NEVER)[:, :states], never)
         arrived = torch.logsumexp(torch.stack([alpha, one, two]), 0) + emitted[t]
         alpha = torch.where((t < lengths)[:, None], arrived, alpha)
     last = (position == 2 * label_lengths[:, None]) | (position == 2 * label_lengths[:, None] - 1)
     losses = -torch.logsumexp(torch.where(last, alpha, never), 1)
+    losses = torch.where(lengths == 0, torch.where(label_lengths == 0, torch.zeros_like(losses), -_NEVER), losses)
     within = torch.arange(frames, device=labels.device)[:, None] < lengths
     mass = torch.where(within, log_probs.exp().sum(2), 0.0).sum(0)
     losses = losses + (mass - mass.detach())
@@ -222,8 +227,10 @@ def _padded_labels(targets: Tensor, lengths: Tensor, batch: int, blank: int) -> 
 def _rrelu(
     input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
 ) -> Tensor:
-    if not training or not mapping():
+    if not mapping():
         return F.rrelu(input, lower, upper, training, inplace)
+    if not training:
+        return F.leaky_relu(input, (lower + upper) / 2, inplace)
     slopes = lower + (upper - lower) * torch.rand_like(input)
     out = torch.where(input > 0, input, input * slopes)
     return input.copy_(out) if inplace else out

@@ -33,7 +33,11 @@ def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _REDUCTIONS: tuple[Any, ...] = (Tensor.all, Tensor.any, torch.all, torch.any)
-_COMPARISONS = [getattr(Tensor, f"__{name}__") for name in ("eq", "ne", "lt", "le", "gt", "ge")]
+_COMPARISONS: list[Any] = [
+    function
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for function in (getattr(Tensor, f"__{name}__"), getattr(Tensor, name), getattr(torch, name))
+]
 for _function in (*_REDUCTIONS, *_COMPARISONS):
     rule(
         _function,

@@ -100,8 +100,9 @@ def _batch_norm(
     if count == 1:
         raise ValueError(f"batch_norm in training mode needs more than one value per channel, not {list(x.shape)}")
     out, mean, var = _standardize(x, dims, eps)
-    _track(running_mean, mean.flatten(), momentum)
-    _track(running_var, var.flatten() * (count / (count - 1)), momentum)
+    if count:  # of nothing there are no statistics
+        _track(running_mean, mean.flatten(), momentum)
+        _track(running_var, var.flatten() * (count / (count - 1)), momentum)
     return _affine(out, weight, bias, input.dtype)
 
 
@@ -124,8 +125,9 @@ def _instance_norm(
     if count == 1:
         raise ValueError(f"instance_norm needs more than one spatial element, not an input of {list(x.shape)}")
     out, mean, var = _standardize(x, dims, eps)
-    _track(running_mean, mean.flatten(1).mean(0), momentum)
-    _track(running_var, var.flatten(1).mean(0) * (count / (count - 1)), momentum)
+    if count:
+        _track(running_mean, mean.flatten(1).mean(0), momentum)
+        _track(running_var, var.flatten(1).mean(0) * (count / (count - 1)), momentum)
     return _affine(out, weight, bias, input.dtype)
 
 

@@ -1,0 +1,81 @@
+"""What a call has done to the tensors and the skeleton that it was given: written, differentiated into, added to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+
+from ._skeleton import Skeleton, find_slots
+from ._transforms import transforming
+from ._words import listed
+from .errors import ModuleError, MutationError
+
+__all__: list[str] = []
+
+Grads = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""The `.grad` of each leaf, and a copy of it."""
+
+
+def grads_of(tensors: Mapping[str, Tensor]) -> Grads:
+    return {name: _grad(tensor) for name, tensor in tensors.items()}
+
+
+def _grad(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    grad = tensor.grad if tensor.is_leaf else None
+    return grad, None if grad is None else grad.detach().clone()
+
+
+def check_grads(given: Mapping[str, Tensor], before: Grads, module: str) -> None:
+    """An error where forward has run a backward pass into the caller's tensors, which get their `.grad` back."""
+    reached: list[str] = []
+    for name, (grad, value) in before.items():
+        now = given[name].grad if given[name].is_leaf else None
+        if now is not grad or (value is not None and grad is not None and not torch.equal(value, grad)):
+            reached.append(name)
+            given[name].grad = grad
+            if grad is not None and value is not None:
+                grad.data.copy_(value)
+    if reached:
+        raise MutationError(
+            f"`{module}` calls `backward` in forward, which adds to the `.grad` of {listed(reached)}; write "
+            "`torch.autograd.grad`"
+        )
+
+
+def check_new_slots(skeleton: Skeleton, known: Mapping[str, object], installed: set[int], module: str) -> None:
+    """An error where forward makes parameters: no one would train them, and each call would draw others."""
+    for name, tensor in find_slots(skeleton.inner).tensors.items():
+        made = name not in known and id(tensor) not in installed
+        if made and isinstance(tensor, nn.Parameter) and tensor.is_leaf:
+            raise ModuleError(
+                f"`{module}` makes the parameter `{name}` in forward, which a pure function cannot keep; call "
+                "the module once before `stateless`, or make its parameters in `__init__`"
+            )
+
+
+def version_of(tensor: Tensor) -> tuple[int, ...]:
+    """How often a tensor has been written to, at each level of transforms."""
+    versions: list[int] = []
+    while is_functorch_wrapped_tensor(tensor):
+        versions.append(tensor._version)
+        tensor = get_unwrapped(tensor)
+    return (*versions, 0 if tensor.is_inference() else tensor._version)
+
+
+def is_written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool:
+    """Whether a call has written into a tensor.
+
+    Versions do not count what goes through ``.data``, nor what a fused batch norm does to its statistics: so in eager
+    code a clone is compared with what it is a clone of.
+    """
+    if version_of(installed) != version:
+        return True
+    if installed is given or installed.is_meta or installed.layout is not torch.strided or transforming():
+        return False
+    if torch.equal(installed, given):
+        return False
+    same = (installed == given) | ((installed != installed) & (given != given))
+    return not bool(same.all())
