@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+
+# The option and the table at the end are hooks: pytest finds them by their names here.
+from conformance_report import pytest_addoption as pytest_addoption
+from conformance_report import pytest_terminal_summary as pytest_terminal_summary
 from hypothesis import settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)

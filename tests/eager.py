@@ -83,28 +83,13 @@ def differentiable(case: Case, order: int) -> list[str]:
     for group in (case.names("params"), *([n] for n in case.names("inputs", real=True))):
         try:
             if group:
-                _backward(case, case.values, group, order)
+                derivative(case, case.values, group, order)
                 found += group
         except NotApplicable as error:
             refusal = str(error)
     if not found:
         raise NotApplicable(refusal)
     return found
-
-
-@functools.lru_cache(maxsize=1)
-def sound_twice(case: Case) -> bool:
-    """Whether eager autograd's second derivative agrees with differences of its first, in one direction.
-
-    In torch 2.13 that of `LinearCrossEntropyLoss` in chunks does not.
-    """
-    wrt = differentiable(case, 2)
-    (values,) = case.tasks(case.values, 1)
-    found, _ = _backward(case, values, wrt, 2)
-    tangents = where_finite(direction(values, wrt), found)
-    slope, expected = _slope(case, values, tangents), inner(found, tangents)
-    size = 1 + sum(grad.abs().nan_to_num().sum() for grad in found.values())
-    return bool((slope - expected).abs() <= 1e-4 * size)
 
 
 # ---------------------------------------------------------------- derivatives
@@ -116,13 +101,6 @@ def derivative(case: Case, values: Values, wrt: Iterable[str], order: int = 1) -
     Raises:
         NotApplicable: eager autograd has no such derivative.
     """
-    if order == 1 or sound_twice(case):
-        return _backward(case, values, wrt, order)
-    gradient, _ = _backward(case, values, wrt, 1)
-    return _differences(case, values, wrt), scalar(gradient.values())
-
-
-def _backward(case: Case, values: Values, wrt: Iterable[str], order: int) -> tuple[Values, Tensor]:
     refusal: Exception | None = None
     for kernel in KERNELS:
         try:
@@ -144,24 +122,12 @@ def grads(value: Tensor, leaves: Values, create_graph: bool = False, keep: bool 
     if not value.requires_grad:
         return {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
     found = torch.autograd.grad(value, list(leaves.values()), None, keep, create_graph, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    return dict(zip(leaves, map(dense, found), strict=True))
 
 
-def _slope(case: Case, values: Values, tangents: Values) -> Tensor:
-    """The central difference of `scalar` of the gradient."""
-    after, before = (_backward(case, moved(values, tangents, step), tangents, 1)[0] for step in (STEP, -STEP))
-    return (scalar(after.values()) - scalar(before.values())) / (2 * STEP)
-
-
-def _differences(case: Case, values: Values, wrt: Iterable[str]) -> Values:
-    """The second-order gradient, entry by entry, from first-order ones."""
-    found = {n: torch.zeros_like(values[n]) for n in wrt}
-    for name, entries in found.items():
-        for index in range(entries.numel()):
-            unit = {n: torch.zeros_like(v) for n, v in found.items()}
-            unit[name].view(-1)[index] = 1
-            entries.view(-1)[index] = _slope(case, values, unit)
-    return found
+def dense(grad: Tensor) -> Tensor:
+    """That of a sparse embedding says the same in another layout."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def pushforward(case: Case, values: Values, tangents: Values) -> list[Tensor]:

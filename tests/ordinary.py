@@ -37,7 +37,7 @@ class Case:
         module: never called and never written to.
         args: any tree; its tensors may be nested.
         kwargs: likewise.
-        fresh: makes the same module anew; for those of which a deep copy is not a module of its own.
+        fresh: makes the module to compare with, where a deep copy is not a module of its own, or not right.
     """
 
     name: str

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ._graph import nodes
 from ._skeleton import Skeleton, Slot
 from ._structure import named_parts
+from ._transforms import transforming
 from .errors import CheckpointError
-from .rules._registry import When, rules, rules_here
+from .rules._registry import When, rules
 
 __all__: list[str] = []
 
@@ -75,7 +76,7 @@ def guard_methods(module: nn.Module, when: When | None = None) -> None:
 def _guarded(function: Callable[..., Any], when: When | None) -> Callable[..., Any]:
     @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with rules_here() if when is None else rules(when):
+        with rules(when or ("transforms" if transforming() else "always")):
             return function(*args, **kwargs)
 
     return method

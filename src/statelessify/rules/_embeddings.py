@@ -113,7 +113,7 @@ def _bag_of_each(input: Tensor, offsets: Tensor | None) -> Tensor:
 
 @rule(
     F.one_hot,
-    why="it checks its input's values, which vmap inside of grad refuses",
+    why="it checks its input's values, which grad inside of vmap refuses",
     upstream="https://docs.pytorch.org/docs/stable/func.ux_limitations.html",
 )
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:

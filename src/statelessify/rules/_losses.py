@@ -169,6 +169,8 @@ def _ctc(
     frames, batch, _ = log_probs.shape
     lengths = _as_lengths(input_lengths, batch, log_probs)
     label_lengths = _as_lengths(target_lengths, batch, log_probs)
+    if not torch.compiler.is_compiling() and bool((unwrapped(lengths) > frames).any()):
+        raise ValueError(f"`input_lengths` go beyond the {frames} frames of `log_probs`")
     labels = _padded_labels(targets, label_lengths, batch, blank)
     states = 2 * labels.shape[1] + 1
     extended = torch.stack([labels, torch.full_like(labels, blank)], -1).flatten(1)

@@ -33,11 +33,8 @@ def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _REDUCTIONS: tuple[Any, ...] = (Tensor.all, Tensor.any, torch.all, torch.any)
-_COMPARISONS: list[Any] = [
-    function
-    for name in ("eq", "ne", "lt", "le", "gt", "ge")
-    for function in (getattr(Tensor, f"__{name}__"), getattr(Tensor, name), getattr(torch, name))
-]
+_NAMES = ("eq", "ne", "lt", "le", "gt", "ge")
+_COMPARISONS = [cast("Any", Tensor).__eq__, *(getattr(place, name) for name in _NAMES for place in (Tensor, torch))]
 for _function in (*_REDUCTIONS, *_COMPARISONS):
     rule(
         _function,

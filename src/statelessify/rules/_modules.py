@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
@@ -21,7 +22,7 @@ __all__: list[str] = []
     when="always",
 )
 def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    if tensor.grad_fn is None or not isinstance(tensor, nn.Parameter):
+    if not isinstance(tensor, nn.Parameter) or (tensor.grad_fn is None and not transforming()):
         return cast("Tensor", tensor.__deepcopy__(memo))
     new = tensor.detach().clone()
     if not transforming():
@@ -72,5 +73,9 @@ def _adaptive_log_softmax(self: nn.AdaptiveLogSoftmaxWithLoss, input_: Tensor, t
             "(batch,) for (batch, features), or () for (features,)"
         )
     rows = input_.reshape(-1, input_.shape[-1])
-    output = self.log_prob(rows).gather(1, target_.reshape(-1, 1)).reshape(target_.shape)
+    head = self.head(rows).log_softmax(1)  # `log_prob` would write into an empty tensor, which has no tasks
+    clusters = [cast("Any", tail)(rows).log_softmax(1) for tail in self.tail]
+    tails = [tail + head[:, self.shortlist_size + index, None] for index, tail in enumerate(clusters)]
+    every = torch.cat([head[:, : self.shortlist_size], *tails], 1)
+    output = every.gather(1, target_.reshape(-1, 1)).reshape(target_.shape)
     return nn.modules.adaptive._ASMoutput(output, -output.mean())

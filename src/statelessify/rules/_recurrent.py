@@ -26,7 +26,9 @@ def _decomposing(function: Any) -> Any:
         one = per_task_one([])
         if one is not None:
             one = one.to(input.device, input.dtype)
-            hidden = hidden * one if isinstance(hidden, Tensor) else [state * one for state in hidden]
+            hidden = _times(hidden, one)
+            if isinstance(hidden, Tensor) and not hidden.is_floating_point():  # packed: data, sizes, state
+                others = (_times(others[0], one), *others[1:])
         slots, tensors = _without_tensors((input, hidden, *others))
 
         def run(*inner: Tensor) -> Any:
@@ -37,8 +39,17 @@ def _decomposing(function: Any) -> Any:
     return call
 
 
+def _times(state: Any, one: Tensor) -> Any:
+    if not isinstance(state, Tensor):
+        return [each * one for each in state]
+    return state * one if state.is_floating_point() else state
+
+
+_TAKEN = object()
+
+
 def _without_tensors(args: Any) -> tuple[list[Any], list[Tensor]]:
-    """Arguments with None for each tensor (they hold no other None), and the tensors, also those in a list or tuple."""
+    """Arguments with a mark for each floating tensor, and these tensors, also those in a list or tuple."""
     slots: list[Any] = []
     tensors: list[Tensor] = []
     for arg in args:
@@ -46,8 +57,8 @@ def _without_tensors(args: Any) -> tuple[list[Any], list[Tensor]]:
             inner, more = _without_tensors(arg)
             slots.append(inner)
             tensors += more
-        elif isinstance(arg, Tensor):
-            slots.append(None)
+        elif isinstance(arg, Tensor) and arg.is_floating_point():
+            slots.append(_TAKEN)
             tensors.append(arg)
         else:
             slots.append(arg)
@@ -56,7 +67,7 @@ def _without_tensors(args: Any) -> tuple[list[Any], list[Tensor]]:
 
 def _with_tensors(slots: Any, tensors: Any) -> list[Any]:
     return [
-        next(tensors) if slot is None else _with_tensors(slot, tensors) if isinstance(slot, list) else slot
+        next(tensors) if slot is _TAKEN else _with_tensors(slot, tensors) if isinstance(slot, list) else slot
         for slot in slots
     ]
 

@@ -93,8 +93,11 @@ def rule(*targets: Any, why: str, upstream: str = "", when: When = "transforms")
         tensor([1., 2.])
     """
     for target in targets:
-        if not callable(target) or (isinstance(target, type) and not issubclass(target, nn.Module)):
+        kind = isinstance(target, type) and issubclass(target, nn.Module)
+        if not kind and (isinstance(target, (type, nn.Module)) or not callable(target)):
             raise ModuleError(f"a rule replaces functions or subclasses of torch.nn.Module, not {target!r}")
+    if when not in _OCCASIONS:
+        raise ModuleError(f"`when={when!r}` is not one of {tuple(_OCCASIONS)}")
 
     def register(call: Call) -> Call:
         made = Rule(targets, call, why, upstream, when)
@@ -103,8 +106,10 @@ def rule(*targets: Any, why: str, upstream: str = "", when: When = "transforms")
             if isinstance(target, type):
                 MODULES[target] = made
             else:
-                for occasion in _OCCASIONS[when]:
-                    FUNCTIONS[occasion][target] = call
+                for occasion, calls in FUNCTIONS.items():
+                    calls.pop(target, None)
+                    if occasion in _OCCASIONS[when]:
+                        calls[target] = call
         return call
 
     return register
@@ -150,9 +155,9 @@ class Watched(Rules):
             return nullcontext()
         return self
 
-    def __enter__(self) -> Watched:
-        self.entered = True
-        return super().__enter__()
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self.entered = self.entered or kind is None  # a call that raised may not have come that far
+        super().__exit__(kind, *error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,9 +209,13 @@ def install(module: nn.Module) -> nn.Module:
     return module
 
 
+def _holds(when: When) -> bool:
+    return when == "always" or transforming() or (when == "gradients" and active_rules() == "gradients")
+
+
 def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What runs as the forward of a module with a rule: the rule where it holds."""
     found = _rule_of_class(type(part))
-    if found is not None and (found.when == "always" or transforming()):
+    if found is not None and _holds(found.when):
         return found.call(part, *args, **kwargs)
     return cast("Any", type(part)).forward(part, *args, **kwargs)
