@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from zoo import ZOO
 
 PROPERTY = "conformance"
 PASSED, MISSING, FAILED = "ok", "-", "FAIL"  # MISSING: eager autograd itself has no such derivative
@@ -61,6 +62,31 @@ def _verdict(check: Callable[[Any], None], case: Any) -> tuple[str, str]:
     return PASSED, ""
 
 
+ZOO_TITLES = {
+    "test_agrees_with_the_module": "forward, gradient",
+    "test_touches_nothing": "purity",
+    "test_pickles_and_deep_copies_whenever_the_module_does": "pickles",
+    "test_second_derivatives_are_those_of_the_module": "second order",
+    "test_functional_second_derivatives_are_those_of_the_module": "grad(grad)",
+    "test_vmap_equals_a_loop_of_ordinary_modules": "vmap",
+    "test_gradients_per_task_are_those_of_ordinary_modules": "vmap(grad)",
+    "test_tasks_of_what_vmaps_are_batched": "over_tasks",
+    "test_tasks_of_what_torch_cannot_batch_run_in_a_loop": "over_tasks",
+    "test_meta_gradients_over_tasks_are_those_of_a_loop": "meta-gradient",
+}
+
+
+@pytest.fixture(autouse=True)
+def zoo_record(request: pytest.FixtureRequest) -> None:
+    """A test of a member of the zoo leaves a record, whose verdict is the outcome of the test."""
+    member = getattr(request.node, "callspec", None) and request.node.callspec.params.get("member")
+    name = next((name for name, each in ZOO.items() if each is member), None)
+    title = ZOO_TITLES.get(getattr(request.node, "originalname", ""))
+    if name is not None and title is not None:
+        entry = {"group": "zoo modules", "of": len(ZOO), "member": name, "samples": 1, "checks": {title: []}}
+        request.node.user_properties.append((PROPERTY, entry))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--conformance", action="store_true", help="run every sample of the conformance tests, and print their table"
@@ -71,7 +97,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--conformance"):
         reports = [report for found in terminalreporter.stats.values() for report in found]
         records = [
-            value
+            _with_outcome(value, report.outcome)
             for report in reports
             if getattr(report, "when", None) == "call"  # the teardown's report carries the same properties
             for name, value in report.user_properties
@@ -79,6 +105,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         ]
         for line in table(records):
             terminalreporter.write_line(line)
+
+
+def _with_outcome(entry: dict[str, Any], outcome: str) -> dict[str, Any]:
+    verdict = PASSED if outcome == "passed" else FAILED
+    return {**entry, "checks": {check: verdicts or [verdict] for check, verdicts in entry["checks"].items()}}
 
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 # The option and the table at the end are hooks: pytest finds them by their names here.
 from conformance_report import pytest_addoption as pytest_addoption
 from conformance_report import pytest_terminal_summary as pytest_terminal_summary
+from conformance_report import zoo_record as zoo_record
 from hypothesis import settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)

@@ -296,3 +296,23 @@ def _encoder_layer() -> None:
         with Kernels() as seen:
             apply(given, buffers, x, src_key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
         assert "_transformer_encoder_layer_fwd" not in seen.names
+
+
+@probe(torch._nested_tensor_from_mask_left_aligned)
+def _left_aligned() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
+    apply, params, buffers = stateless(nn.TransformerEncoder(layer, 1).eval(), params="detach")
+    x, masks = torch.randn(2, 3, 4), torch.tensor([[[False, False, True], [False, True, True]]]).expand(2, 2, 3)
+    call = lambda mask: apply(params, buffers, x, src_key_padding_mask=mask)[0]
+    close(vmap(call)(masks), torch.stack([call(mask) for mask in masks]))
+
+
+@probe(torch._C._set_grad_enabled)
+def _without_grad() -> None:
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            fixed = x.square()
+        return (x * fixed).sum()
+
+    x, tangent = torch.randn(3), torch.randn(3)
+    close(jvp(ruled(call), (x,), (tangent,))[1], (x.square() * tangent).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,16 @@ def _attention_module(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) ->
         return _forward_alone(self, *args, **kwargs)
     with rules("transforms" if transforming() else "always"):  # while a mode is active there is no fast path
         return nn.MultiheadAttention.forward(self, *args, **kwargs)
+
+
+@rule(
+    cast("Any", torch)._nested_tensor_from_mask_left_aligned,
+    why="TransformerEncoder asks it, a branch on values, whether it may take its fast path",
+    upstream=_TRANSFORMER,
+    when="always",
+)
+def _left_aligned(src: Tensor, mask: Tensor) -> bool:
+    return False
 
 
 @rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")

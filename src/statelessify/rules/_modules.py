@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from .._transforms import transforming
 from ..errors import ModuleError
@@ -79,3 +80,14 @@ def _adaptive_log_softmax(self: nn.AdaptiveLogSoftmaxWithLoss, input_: Tensor, t
     every = torch.cat([head[:, : self.shortlist_size], *tails], 1)
     output = every.gather(1, target_.reshape(-1, 1)).reshape(target_.shape)
     return nn.modules.adaptive._ASMoutput(output, -output.mean())
+
+
+@rule(
+    torch._C._set_grad_enabled,
+    why="forward mode goes on through `torch.no_grad()`, where reverse mode stops",
+    upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/grad_mode.py",
+)
+def _set_grad_enabled(enabled: bool) -> None:
+    torch._C._set_grad_enabled(enabled)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        cast("Any", torch._C)._set_fwd_grad_enabled(enabled)
