@@ -15,6 +15,8 @@ from conformance_report import pytest_terminal_summary as pytest_terminal_summar
 from conformance_report import zoo_record as zoo_record
 from hypothesis import settings
 
+from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
+
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None)
@@ -37,6 +39,18 @@ hypothesis.register_random(TORCH_RANDOM)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Removes afterwards the rules that a test registers."""
+    known, tables = list(RULES), [MODULES, *FUNCTIONS.values()]
+    before = [dict(table) for table in tables]
+    yield
+    RULES[:] = known
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="module")

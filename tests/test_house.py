@@ -26,7 +26,9 @@ TEST_COMMAND = "python -m pip install nox && python -m nox -s tests"
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("module_name", ["statelessify", "statelessify.optim", "statelessify.errors"])
+@pytest.mark.parametrize(
+    "module_name", ["statelessify", "statelessify.optim", "statelessify.errors", "statelessify.rules"]
+)
 def test_all_names_exactly_what_is_public(module_name: str) -> None:
     module = importlib.import_module(module_name)
     declared = list(module.__all__)

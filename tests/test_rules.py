@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,18 +22,6 @@ pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
 ]
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Removes afterwards what a test registers."""
-    known, tables = list(RULES), [MODULES, *FUNCTIONS.values()]
-    before = [dict(table) for table in tables]
-    yield
-    RULES[:] = known
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
 
 
 # ---------------------------------------------------------------- every rule is needed
