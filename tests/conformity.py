@@ -203,12 +203,20 @@ def _compare(case: Case, found: Any, tasks: list[Values], what: str) -> None:
 
 
 def vmap_grad(case: Case) -> None:
-    """`vmap(func.grad)` over parameters and inputs."""
+    """`vmap(func.grad)` over parameters and inputs; and autograd outside of vmap, as `adapt_tasks` takes it."""
     wrt = differentiable(case, 1)
     tasks = case.tasks(wrt)
     expected = stack([derivative(case, task, wrt) for task in tasks])
     function = mapped(lambda v: grad_and_value(loss(case, v))(chosen(v, wrt)), tasks, wrt)
     agree(case, function, stacked(tasks, wrt), expected, "vmap(grad)")
+    forwards = mapped(lambda v: loss(case, v)(chosen(v, wrt)), tasks, wrt)
+
+    def outside(values: Values) -> tuple[Values, Tensor]:
+        leaves = leaves_of(values, wrt)
+        per_task = forwards(values | leaves)
+        return grads(per_task.sum(), leaves), per_task.detach()
+
+    agree(case, outside, stacked(tasks, wrt), expected, "autograd.grad of vmap")
 
 
 # ---------------------------------------------------------------- second order
