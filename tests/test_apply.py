@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 from zoo import Member, fingerprint, members, ordinary, perturbed, seeded, tensors_in, total
 from zoo_modules import MLP, Buffers, EmptySlots, Fails, Frozen, Handles, Norms, Rotating, Structured
@@ -324,3 +325,13 @@ def test_modes_are_explicit() -> None:
     assert fingerprint(module) == before
     module.eval()
     assert_close(apply(params, buffers, x)[0], mixed(params, buffers, x)[0])
+
+
+def test_a_cache_of_weights_is_refused() -> None:
+    """It would outlive the call, and give the next one the weights of this one."""
+    apply, params, buffers = stateless(parametrizations.weight_norm(nn.Linear(3, 2)))
+    with parametrize.cached(), pytest.raises(errors.ModuleError, match="outside"):
+        apply(params, buffers, torch.ones(3))
+    with parametrize.cached():
+        stateless(MLP()).apply(*stateless(MLP())[1:], torch.ones(3))
+    apply(params, buffers, torch.ones(3))

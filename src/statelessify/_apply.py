@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from ._effects import Grads, check_grads, check_new_slots, grads_of, is_written, version_of
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
@@ -18,7 +19,7 @@ from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
 from ._vacant import storage_of
 from ._words import listed, nearest
-from .errors import CheckpointError, DtypeError, MutationError, NamesError, ShapeError
+from .errors import CheckpointError, DtypeError, ModuleError, MutationError, NamesError, ShapeError
 from .rules._registry import Watched, active_rules, rules
 from .typing import Buffers, Params
 
@@ -47,6 +48,7 @@ class Apply:
         }
         self._registered = {name for name, places in self._places.items() if any(p.registered_buffer for p in places)}
         self._skeletons = Skeletons(template, tuple(place for places in self._places.values() for place in places))
+        self._parametrized = any(parametrize.is_parametrized(part) for _, part in named_parts(template))
         self._resized: set[str] = set()  # buffers that forward has been seen to give another shape,
         self._emptied: set[str] = set()  # and to set to None: from then on they may have, or be missing
         self._probed = False
@@ -204,6 +206,11 @@ class Apply:
         return {name: harvest[name] for name in (*order, *harvest) if name in harvest}
 
     def _check(self, params: Params, buffers: Buffers) -> None:
+        if self._parametrized and parametrize._cache_enabled:
+            raise ModuleError(
+                f"`{self._name}` has parametrizations and is called inside `parametrize.cached()`, which would give it "
+                "the weights of an earlier call; call it outside"
+            )
         for what, tree in (("params", params), ("buffers", buffers)):
             check_tensors(what, tree)
             for name, tensor in tree.items():
