@@ -74,25 +74,26 @@ class Apply:
         """
         self._check(params, buffers)
         given: dict[str, Tensor] = {**params, **buffers}
-        installed = self._installed(given, (args, kwargs))
         if torch.compiler.is_compiling():
+            installed = self._installed(given, (args, kwargs))
             with rules("transforms"):
                 out, values = functional_call(
                     self._skeletons.traced, self._flat(installed), args, kwargs, tie_weights=False
                 )
             return out, self._harvest(values, given, installed, {}, params)
-        return self._eager(params, given, installed, args, kwargs)
+        return self._eager(params, given, args, kwargs)
 
     def _eager(
         self,
         params: Params,
         given: dict[str, Tensor],
-        installed: dict[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Buffers]:
         inside = transforming()
-        versions = {name: version_of(tensor) for name, tensor in installed.items()}
+        with torch._C.DisableTorchFunction():  # no mode around the call needs to see these, and each look takes time
+            installed = self._installed(given, (args, kwargs))
+            versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
         skeleton = self._skeletons.take()
         holders = skeleton.holders()
@@ -107,7 +108,8 @@ class Apply:
                     "it off in the module (`adapt` can recompute whole steps instead), or use `adapt` in eager code"
                 ) from error
             raise
-        new_buffers = self._harvest(values, given, installed, versions, params)
+        with torch._C.DisableTorchFunction():
+            new_buffers = self._harvest(values, given, installed, versions, params)
         if not self._probed:
             check_grads(given, grads, self._name)
             self._aliased = self._aliased or any(tensor._backward_hooks for tensor in installed.values())
