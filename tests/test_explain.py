@@ -160,6 +160,19 @@ def test_what_vmap_cannot_batch_is_found(how: str) -> None:
         over_tasks(lambda x: apply(params, buffers, x)[0], in_dims=0, backend="vmap")(x.expand(2, 4, 3))
 
 
+@pytest.mark.parametrize("width", [None, 3])
+def test_a_branch_on_the_input_alone_is_found(width: int | None) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Identity() if width is None else nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) if x.mean() > 0 else self.linear(-x)
+
+    assert explain(Branch(), torch.rand(4, 3)).blocked("vmap")
+
+
 def test_the_line_that_blocks_is_shown() -> None:
     finding = found(explain(Blocked("branch"), torch.randn(4, 3)), "vmap")
     assert finding.where.startswith("Blocked.forward, line ")

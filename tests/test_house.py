@@ -61,7 +61,7 @@ LEVELS = {
             "_skeleton _tasks _checkpoint optim implicit",
             "_effects _kept _gradient",
             "_apply",
-            "_stateless",
+            "_stateless _trial",
             "_adapt explain",
             "_adapt_tasks",
             "compat testing distributed",
