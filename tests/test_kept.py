@@ -142,10 +142,7 @@ def test_tasks_with_checkpointing_take_the_loop() -> None:
     apply, plain, params, buffers = pair("attention", "method")
     xs, found = torch.randn(3, 5, 4), []
     for each in (apply, plain):
-
-        def loss(p: Any, x: Tensor, each: Any = each) -> Tensor:
-            return each(p, buffers, x)[0].square().sum()
-
+        loss = loss_of(each, buffers)
         warns = pytest.warns(UserWarning, match="outside the call") if each is apply else nullcontext()
         with warns:
             adapted = adapt_tasks(loss, params, xs, optimizer=optim.sgd(0.1), steps=2)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ._skeleton import Skeleton, find_slots
-from ._transforms import transforming
+from ._transforms import levels, transforming
 from ._words import listed
 from .errors import ModuleError, MutationError
 
@@ -58,11 +57,7 @@ def check_new_slots(skeleton: Skeleton, known: Mapping[str, object], installed: 
 
 def version_of(tensor: Tensor) -> tuple[int, ...]:
     """How often a tensor has been written to, at each level of transforms."""
-    versions: list[int] = []
-    while is_functorch_wrapped_tensor(tensor):
-        versions.append(tensor._version)
-        tensor = get_unwrapped(tensor)
-    return (*versions, 0 if tensor.is_inference() else tensor._version)
+    return tuple(0 if seen.is_inference() else seen._version for seen in levels(tensor))
 
 
 def is_written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ._graph import nodes
 from ._skeleton import Skeleton, Slot
 from ._structure import named_parts
-from ._transforms import transforming
 from .errors import CheckpointError
-from .rules._registry import When, rules
+from .rules._registry import When, rules, rules_of_call
 
 __all__: list[str] = []
 
@@ -76,7 +75,7 @@ def guard_methods(module: nn.Module, when: When | None = None) -> None:
 def _guarded(function: Callable[..., Any], when: When | None) -> Callable[..., Any]:
     @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
-        with rules(when or ("transforms" if transforming() else "always")):
+        with rules_of_call() if when is None else rules(when):
             return function(*args, **kwargs)
 
     return method

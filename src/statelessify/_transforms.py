@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,18 @@ def mapping() -> bool:
     return any(isinstance(level, VmapInterpreter) for level in retrieve_all_functorch_interpreters())
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """What a tensor holds below all transforms."""
+def levels(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor as each level of transforms sees it, the innermost level first."""
+    yield tensor
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
-    return tensor
+        yield tensor
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What a tensor holds below all transforms."""
+    *_, plain = levels(tensor)
+    return plain
 
 
 def per_task_one(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._transforms import transforming
 from ._fused import twice_differentiable
-from ._registry import Rules, rule, rules
+from ._registry import Rules, occasion_of_call, rule, rules_of_call
 
 __all__: list[str] = []
 
@@ -102,7 +102,7 @@ _TRANSFORMER = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return F.multi_head_attention_forward(*args, **kwargs)
-    with Rules("transforms" if transforming() else "always"):
+    with Rules(occasion_of_call()):
         return _multi_head(*args, **kwargs)
 
 
@@ -115,7 +115,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
 def _attention_module(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
     if self.training and not transforming():
         return _forward_alone(self, *args, **kwargs)
-    with rules("transforms" if transforming() else "always"):  # while a mode is active there is no fast path
+    with rules_of_call():  # while a mode is active there is no fast path
         return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
 
@@ -131,7 +131,7 @@ def _left_aligned(src: Tensor, mask: Tensor) -> bool:
 
 @rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")
 def _encoder_layer(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
-    with nullcontext() if self.training else rules("transforms" if transforming() else "always"):
+    with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
 
 
@@ -149,7 +149,7 @@ def _encoder(
     is_causal: bool | None = None,
 ) -> Tensor:
     hint = bool(is_causal) if transforming() else is_causal
-    with nullcontext() if self.training else rules("transforms" if transforming() else "always"):
+    with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, hint)
 
 

@@ -6,10 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from .._transforms import transforming
+from .._transforms import levels, transforming
 from ..errors import ModuleError
 from ._registry import rule
 
@@ -38,11 +37,7 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py",
 )
 def _requires_grad(tensor: Tensor, *kind: Any) -> bool:
-    while is_functorch_wrapped_tensor(tensor):
-        if tensor.requires_grad:
-            return True
-        tensor = get_unwrapped(tensor)
-    return tensor.requires_grad
+    return any(seen.requires_grad for seen in levels(tensor))
 
 
 @rule(

@@ -186,6 +186,15 @@ def rules_here() -> AbstractContextManager[Any]:
     return rules("transforms") if transforming() else nullcontext()
 
 
+def rules_of_call() -> AbstractContextManager[Any]:
+    """The mode for a call of a module: that of transforms inside one, else that of what holds always."""
+    return rules(occasion_of_call())
+
+
+def occasion_of_call() -> When:
+    return "transforms" if transforming() else "always"
+
+
 # Modules -----------------------------------------------------------------------------------------------------------
 
 
