@@ -32,7 +32,7 @@ from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
-from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
+from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule, replaced
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]
@@ -220,7 +220,9 @@ class _Run(NamedTuple):
             after = marked(new_state)
             step = Mark(after.step.leaf[0], False) if after.step.mapped else after.step
             schedules = {name: before.hyperparameters[name] for name in _schedules(opt_state.tree)}
-            new_state = from_marks(after._replace(step=step, hyperparameters={**after.hyperparameters, **schedules}))
+            new_state = from_marks(
+                after._replace(step=step, hyperparameters=replaced(after.hyperparameters, schedules))
+            )
         return new_params, new_state
 
     def _scheduled(self, params: Any, opt_state: Tasks) -> Tasks:
@@ -232,7 +234,7 @@ class _Run(NamedTuple):
         names, shapes = tree_names(params), [leaf.shape[1:] for leaf in tree_leaves(params)]
         for name, spec in now.items():
             check_fits(name, spec, names, shapes)
-        known = {**marks.hyperparameters, **all_marked(now, False)}
+        known = replaced(marks.hyperparameters, all_marked(now, False))
         found = _unwrapped(from_marks(marks._replace(hyperparameters=known)))
         count_tasks(opt_state=found, params=per_task(params))
         return found

@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import optree
+import optree.registry
 import torch
 from torch import Tensor
 
@@ -19,7 +20,22 @@ from .typing import Policy, Tree
 __all__ = ["tree_copy", "tree_stack", "tree_unstack"]
 
 TreeSpec = optree.PyTreeSpec | TracedSpec
+_GLOBAL: str = vars(optree.registry)["__GLOBAL_NAMESPACE"]  # of dicts and lists; it has no public name
 IsLeaf = Callable[[Any], bool] | None
+
+
+def register_mapping(cls: type, context: Callable[[Any], Any], make: Callable[[dict[str, Any], Any], Any]) -> None:
+    """Make a subclass of dict a container; ``make(values, context(old))`` builds it again."""
+
+    def split(values: Any) -> tuple[tuple[Any, ...], Any, tuple[str, ...]]:
+        keys = tuple(values)
+        return tuple(values.values()), (context(values), keys), keys
+
+    def joined(metadata: Any, children: Iterable[Any]) -> Any:
+        about, keys = metadata
+        return make(dict(zip(keys, children, strict=True)), about)
+
+    optree.register_pytree_node(cls, split, joined, path_entry_type=optree.MappingEntry, namespace=_GLOBAL)
 
 
 def tree_flatten(tree: Tree, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:

@@ -1,8 +1,52 @@
-"""Optimizers as pure functions: ``init(params) -> state`` and ``step(params, grads, state) -> (params, state)``."""
+"""Optimizers as pure functions: ``init(params) -> state`` and ``step(params, grads, state) -> (params, state)``.
 
-from ._adam import adam
+Each is a rule of torch.optim (Lion is one that torch lacks), out of place, with torch's names, defaults and meanings.
+Every hyperparameter may be
+
+- a number,
+- a 0-dim tensor, which may require a gradient,
+- a dict from parameter names or globs to these, or to tensors that broadcast to the parameter (groups, Meta-SGD); each
+  parameter is matched exactly once,
+- a callable of the step (a 0-dim int64 tensor, 0 at first) that returns any of these; `schedule` makes one from
+  `torch.optim.lr_scheduler`,
+- `per_task` of a tensor or dict with leaves ``(tasks, ...)``, for `adapt_tasks`.
+
+A switch such as `maximize` is True, False or a dict of these. A parameter whose gradient is None counts as one with
+gradient zero.
+"""
+
+from ._adadelta import adadelta
+from ._adafactor import adafactor
+from ._adagrad import adagrad
+from ._adam import adam, adamw
+from ._adamax import adamax
+from ._asgd import asgd
 from ._hyperparameters import per_task
+from ._lion import lion
+from ._muon import muon
+from ._nadam import nadam
 from ._optimizer import Optimizer, OptState
+from ._radam import radam
+from ._rmsprop import rmsprop
+from ._rprop import rprop
 from ._sgd import sgd
 
-__all__ = ["OptState", "Optimizer", "adam", "per_task", "sgd"]
+__all__ = [
+    "OptState",
+    "Optimizer",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "asgd",
+    "lion",
+    "muon",
+    "nadam",
+    "per_task",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+]

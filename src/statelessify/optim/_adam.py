@@ -1,27 +1,18 @@
-"""Adam."""
+"""Adam and AdamW."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._hyperparameters import Range, refuse_unknown
-from ._optimizer import Optimizer, elementwise, is_zero, safe_sqrt
+from ._arithmetic import addcdiv, addcmul, decayed, lerp, like, power, root, scaled, with_decay
+from ._hyperparameters import BETAS, has, is_on, refuse_unknown
+from ._optimizer import Optimizer
+from ._rule import Coefficients, Rule, Slots, Values
 
-__all__ = ["adam"]
-
-
-class _Corrections(NamedTuple):
-    """What the step count adds to the rule: ``lr / (1 - beta1^t)`` and ``sqrt(1 - beta2^t)``, in float64."""
-
-    step_size: Tensor
-    root2: Tensor
-
-
-def _power(beta: Any, exponent: Tensor) -> Tensor:
-    return (beta.to(exponent.device, torch.float64) if isinstance(beta, Tensor) else beta) ** exponent
+__all__ = ["adam", "adamw"]
 
 
 def adam(
@@ -29,9 +20,10 @@ def adam(
     betas: Any = (0.9, 0.999),
     eps: Any = 1e-8,
     weight_decay: Any = 0,
-    amsgrad: bool = False,
+    amsgrad: Any = False,
     *,
-    maximize: bool = False,
+    maximize: Any = False,
+    decoupled_weight_decay: Any = False,
     **unknown: Any,
 ) -> Optimizer:
     """Adam, with the names, defaults and meanings of `torch.optim.Adam`.
@@ -45,11 +37,11 @@ def adam(
     The derivative is finite and exact also where a gradient is zero.
 
     Args:
-        lr, eps, weight_decay: each a number, a 0-dim tensor, a dict from names or globs to these or to tensors that
-            broadcast to the parameter, a callable of the step, or `per_task`.
+        lr, eps, weight_decay: hyperparameters (`statelessify.optim` lists what each may be).
         betas: a pair of these.
         amsgrad: divide by the largest ``v`` so far.
         maximize: go up instead of down.
+        decoupled_weight_decay: decay as in `adamw`.
 
     Raises:
         HyperparameterError: a number out of its range.
@@ -62,36 +54,66 @@ def adam(
         >>> from statelessify import optim
         >>> optimizer = optim.adam(lr=torch.tensor(0.1, requires_grad=True), betas=(0.9, lambda step: 0.99))
     """
-    refuse_unknown("adam", unknown, ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"))
-    if isinstance(betas, list):
-        betas = tuple(betas)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    with_decay = not is_zero(weight_decay)
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    switches = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay}
+    return _adam("adam", numbers, switches, unknown)
 
-    def prepare(values: dict[str, Any], step: Tensor) -> _Corrections:
-        t = (step + 1).to(torch.float64)
-        beta1, beta2 = values["betas"]
-        rate = values["lr"].to(t.device) if isinstance(values["lr"], Tensor) else values["lr"]
-        return _Corrections(rate / (1 - _power(beta1, t)), torch.sqrt(1 - _power(beta2, t)))
 
-    def update(
-        p: Tensor, g: Tensor, slots: dict[str, Tensor], values: dict[str, Any], at: _Corrections
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        g = -g if maximize else g
-        g = g + values["weight_decay"] * p if with_decay else g
-        beta1, beta2 = values["betas"]
-        m = beta1 * slots["exp_avg"] + (1 - beta1) * g
-        v = beta2 * slots["exp_avg_sq"] + (1 - beta2) * (g * g)
-        new = {"exp_avg": m, "exp_avg_sq": v}
-        if amsgrad:
-            new["max_exp_avg_sq"] = v = torch.maximum(slots["max_exp_avg_sq"], v)
-        denominator = safe_sqrt(v) / at.root2.to(p.device, p.dtype) + values["eps"]
-        return p - at.step_size.to(p.device, p.dtype) * (m / denominator), new
+def adamw(
+    lr: Any = 1e-3,
+    betas: Any = (0.9, 0.999),
+    eps: Any = 1e-8,
+    weight_decay: Any = 1e-2,
+    amsgrad: Any = False,
+    *,
+    maximize: Any = False,
+    **unknown: Any,
+) -> Optimizer:
+    """AdamW: `adam` in which the decay does not go through the moments, as `torch.optim.AdamW`.
 
-    return elementwise(
-        {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-        {"betas": Range(high=1.0)},
-        ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())),
-        update,
-        prepare,
-        pairs=("betas",),
-    )
+    At step ``t = 1, 2, ...``, with ``g = grad`` (``-grad`` if `maximize`) and `adam`'s ``m`` and ``v``::
+
+        p = p * (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Args:
+        lr, eps, weight_decay: hyperparameters (`statelessify.optim` lists what each may be).
+        betas: a pair of these.
+        amsgrad: divide by the largest ``v`` so far.
+        maximize: go up instead of down.
+
+    Raises:
+        HyperparameterError: a number out of its range.
+        HyperparameterNameError: a hyperparameter that does not exist.
+
+    Source: Loshchilov and Hutter, Decoupled weight decay regularization (ICLR 2019).
+
+    Example:
+        >>> from statelessify import optim
+        >>> optimizer = optim.adamw(weight_decay={"*.weight": 0.1, "*.bias": 0.0})
+    """
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return _adam("adamw", numbers, {"amsgrad": amsgrad, "maximize": maximize}, unknown)
+
+
+def _adam(name: str, numbers: dict[str, Any], switches: dict[str, Any], unknown: dict[str, Any]) -> Optimizer:
+    refuse_unknown(name, unknown, [*numbers, *switches])
+    slots = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if has(switches["amsgrad"], is_on) else ()))
+    return Rule(name, _prepare, _update, numbers, switches, ranges={"betas": BETAS}, slots=slots).optimizer()
+
+
+def _prepare(values: Values, t: Any, scalars: Slots) -> Coefficients:
+    beta1, beta2 = values["betas"]
+    decay = decayed(values) if values.get("decoupled_weight_decay", True) else None
+    step_size, root2 = -values["lr"] / (1 - power(beta1, t)), (1 - power(beta2, t)) ** 0.5
+    return Coefficients({**values, "step_size": step_size, "root2": root2, "decay": decay})
+
+
+def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slots]:
+    beta1, beta2 = c["betas"]
+    p, g = with_decay(p, g, c)
+    m = lerp(slots["exp_avg"], g, 1 - beta1)
+    v = addcmul(scaled(slots["exp_avg_sq"], beta2), g, g, 1 - beta2)
+    slots = {**slots, "exp_avg": m, "exp_avg_sq": v}
+    if c["amsgrad"]:
+        slots["max_exp_avg_sq"] = v = torch.maximum(slots["max_exp_avg_sq"], v)
+    return addcdiv(p, m, root(v) / like(c["root2"], p) + like(c["eps"], p), c["step_size"]), slots

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._partition import glob_matches
-from .._tree import tree_leaves
+from .._tree import register_mapping, tree_leaves
 from .._words import listed, nearest
 from ..errors import HyperparameterError, HyperparameterNameError, NamesError
 
@@ -55,22 +56,89 @@ def per_task(tree: Any) -> Any:
     return PerTask(tree)
 
 
+class Hyperparameters(dict[str, Any]):
+    """The hyperparameters in a state, by name, and the rule that they belong to.
+
+    To `torch.vmap` and torch's own pytree, what is not a tensor in it is structure, so that a step can be mapped by
+    them although plain numbers stand in the state.
+    """
+
+    def __init__(self, values: Mapping[str, Any], rule: str = "") -> None:
+        super().__init__(values)
+        self.rule = rule
+
+
+def replaced(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a state with others for some of them."""
+    both = {**values, **new}
+    return Hyperparameters(both, values.rule) if isinstance(values, Hyperparameters) else both
+
+
+_HOLE = object()
+
+
+def _split(values: Hyperparameters) -> tuple[list[Any], Any]:
+    leaves, spec = pytree.tree_flatten(dict(values))
+    static = [leaf if isinstance(leaf, (int, float, str)) or callable(leaf) else _HOLE for leaf in leaves]
+    return [leaf for leaf, kept in zip(leaves, static, strict=True) if kept is _HOLE], (
+        spec,
+        tuple(static),
+        values.rule,
+    )
+
+
+def _joined(leaves: Iterable[Any], context: Any) -> Hyperparameters:
+    spec, static, rule = context
+    remaining = iter(leaves)
+    filled = [next(remaining) if kept is _HOLE else kept for kept in static]
+    return Hyperparameters(pytree.tree_unflatten(filled, spec), rule)
+
+
+pytree.register_pytree_node(Hyperparameters, _split, _joined)
+register_mapping(Hyperparameters, lambda values: values.rule, Hyperparameters)
+
+
 class Range(NamedTuple):
-    """The values that a number may have: ``low <= value`` and, where `high` is finite, ``value < high``."""
+    """The values that a number may have, from `low` to `high`; `ends` says which of these belong to it."""
 
     low: float = 0.0
     high: float = math.inf
+    ends: str = "[)"
+    optional: bool = False
 
     def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise HyperparameterError(
                 f"`{name}={value!r}` is {type(value).__name__}; write a number, a tensor, a dict from names or globs "
                 "to these, a callable of the step, or `optim.per_task(...)`"
             )
-        if not (math.isfinite(value) and self.low <= value < self.high):
-            upper = "" if math.isinf(self.high) else f" and below {self.high}"
-            lower = "finite" if math.isinf(self.low) else f"finite, at least {self.low}"
-            raise HyperparameterError(f"`{name}={value!r}` is out of range: it must be {lower}{upper}")
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        if not (math.isfinite(value) and above and below):
+            bounds = [
+                *([f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"] if self.low > -math.inf else []),
+                *([f"{'at most' if self.ends[1] == ']' else 'below'} {self.high}"] if self.high < math.inf else []),
+            ]
+            words = ", ".join(["finite", " and ".join(bounds)] if bounds else ["finite"])
+            raise HyperparameterError(f"`{name}={value!r}` is out of range: it must be {words}")
+
+
+Ranges = Range | tuple[Range, ...]
+"""The range of a hyperparameter, or one for each number of a pair."""
+
+
+BETAS = (Range(high=1.0), Range(high=1.0))
+
+
+def is_on(switch: Any) -> bool:
+    return switch is True
+
+
+def is_nonzero(value: Any) -> bool:
+    """Whether a value other than a container may be something else than zero."""
+    return not isinstance(value, dict) and not (isinstance(value, (int, float)) and value == 0)
 
 
 def refuse_unknown(kind: str, unknown: dict[str, Any], known: Sequence[str]) -> None:
@@ -88,24 +156,35 @@ def is_schedule(spec: Any) -> bool:
     return not isinstance(spec, (int, float, Tensor, dict, tuple, PerTask)) and callable(spec)
 
 
-def check_ranges(name: str, spec: Any, range_: Range, pair: bool = False) -> None:
+def check_ranges(name: str, spec: Any, ranges: Ranges) -> None:
     """Check the plain numbers in a specification; tensors and schedules cannot be checked without waiting for them."""
     if is_schedule(spec):
         return
     if isinstance(spec, PerTask):
-        if pair:
-            check_ranges(name, spec.tree, range_, pair)
+        if not isinstance(ranges, Range):
+            check_ranges(name, spec.tree, ranges)
     elif isinstance(spec, dict):
         for key, value in cast("dict[str, Any]", spec).items():
-            check_ranges(f"{name}[{key!r}]", value, range_, pair)
-    elif pair:
-        if not isinstance(spec, tuple) or len(cast("tuple[Any, ...]", spec)) != 2:
+            check_ranges(f"{name}[{key!r}]", value, ranges)
+    elif not isinstance(ranges, Range):
+        if not isinstance(spec, tuple) or len(cast("tuple[Any, ...]", spec)) != len(ranges):
             shown = f"a tensor of shape {tuple(spec.shape)}" if isinstance(spec, Tensor) else repr(cast("Any", spec))
-            raise HyperparameterError(f"`{name}` is {shown}, not a pair; write `{name}=(0.9, 0.999)`")
-        for index, value in enumerate(cast("tuple[Any, ...]", spec)):
+            raise HyperparameterError(f"`{name}` is {shown}, not {len(ranges)} numbers; write `{name}=(..., ...)`")
+        for index, (value, range_) in enumerate(zip(cast("tuple[Any, ...]", spec), ranges, strict=True)):
             check_ranges(f"{name}[{index}]", value, range_)
     elif not isinstance(spec, Tensor):
-        range_.check(name, spec)
+        ranges.check(name, spec)
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """A switch is a truth value, or one for each parameter."""
+    values = cast("dict[str, Any]", flag).values() if isinstance(flag, dict) else (flag,)
+    for value in values:
+        if not isinstance(value, bool):
+            raise HyperparameterError(
+                f"`{name}={value!r}` is {type(value).__name__}; write True or False, or a dict from names or globs "
+                "to these"
+            )
 
 
 def check_fits(name: str, spec: Any, names: Sequence[str], shapes: Sequence[torch.Size], tasks: bool = False) -> None:
@@ -188,45 +267,43 @@ def at_step(spec: Any, step: Tensor) -> Any:
     return spec
 
 
-def is_dict(spec: Any) -> bool:
-    return isinstance(spec, dict)
-
-
 def is_per_task(spec: Any) -> bool:
     return isinstance(spec, PerTask)
 
 
-def per_leaf(
-    hyperparameters: dict[str, Any], step: Tensor, names: Callable[[], list[str]], shapes: Sequence[torch.Size]
-) -> Iterator[dict[str, Any]]:
-    """The hyperparameters of each parameter at this step; one and the same dict where all parameters share them."""
-    if any(has(spec, is_schedule) for spec in hyperparameters.values()):
-        hyperparameters = {name: at_step(spec, step) for name, spec in hyperparameters.items()}
-        for name, spec in hyperparameters.items():
-            check_fits(name, spec, names(), shapes)
-    if any(has(spec, is_per_task) for spec in hyperparameters.values()):
+def by_parameter(specs: dict[str, Any], names: Callable[[], list[str]], count: int) -> list[dict[str, Any]]:
+    """The values for each parameter; one and the same dict for those that share them."""
+    if any(has(spec, is_per_task) for spec in specs.values()):
         raise HyperparameterError(
             "`optim.per_task` has a meaning for many tasks only; use `adapt_tasks`, or pass one value"
         )
-    if not any(has(spec, is_dict) for spec in hyperparameters.values()):
-        for _ in shapes:
-            yield hyperparameters
-        return
-    keys = {id(spec): one_key_each(name, spec, names()) for name, spec in _dicts(hyperparameters)}
+    dicts = _dicts(specs)
+    if not dicts:
+        return [specs] * count
+    owners = [one_key_each(name, spec, names()) for name, spec in dicts]
+    done: dict[tuple[str, ...], dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     for parameter in names():
-        yield {name: _for_parameter(spec, parameter, keys) for name, spec in hyperparameters.items()}
+        keys = tuple(owner[parameter] for owner in owners)
+        if keys not in done:
+            of = {id(spec): key for (_, spec), key in zip(dicts, keys, strict=True)}
+            done[keys] = {name: _for_parameter(spec, of) for name, spec in specs.items()}
+        found.append(done[keys])
+    return found
 
 
-def _dicts(hyperparameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, spec in hyperparameters.items():
-        for each in cast("tuple[Any, ...]", spec) if isinstance(spec, tuple) else (spec,):
-            if isinstance(each, dict):
-                yield name, cast("dict[str, Any]", each)
+def _dicts(specs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, cast("dict[str, Any]", each))
+        for name, spec in specs.items()
+        for each in (cast("tuple[Any, ...]", spec) if isinstance(spec, tuple) else (spec,))
+        if isinstance(each, dict)
+    ]
 
 
-def _for_parameter(spec: Any, parameter: str, keys: dict[int, dict[str, str]]) -> Any:
+def _for_parameter(spec: Any, keys: dict[int, str]) -> Any:
     if isinstance(spec, dict):
-        return cast("dict[str, Any]", spec)[keys[id(cast("Any", spec))][parameter]]
+        return cast("dict[str, Any]", spec)[keys[id(cast("Any", spec))]]
     if isinstance(spec, tuple):
-        return tuple(_for_parameter(value, parameter, keys) for value in cast("tuple[Any, ...]", spec))
+        return tuple(_for_parameter(value, keys) for value in cast("tuple[Any, ...]", spec))
     return spec

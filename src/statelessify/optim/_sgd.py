@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import HyperparameterError
-from ._hyperparameters import Range, refuse_unknown
-from ._optimizer import Optimizer, elementwise, is_zero
+from ._arithmetic import add, is_zero, scaled, where, with_decay
+from ._hyperparameters import Range, has, is_nonzero, refuse_unknown
+from ._optimizer import Optimizer
+from ._rule import Coefficients, Rule, Slots, Values
 
 __all__ = ["sgd"]
 
@@ -20,9 +21,9 @@ def sgd(
     momentum: Any = 0,
     dampening: Any = 0,
     weight_decay: Any = 0,
-    nesterov: bool = False,
+    nesterov: Any = False,
     *,
-    maximize: bool = False,
+    maximize: Any = False,
     **unknown: Any,
 ) -> Optimizer:
     """Stochastic gradient descent, with the names, defaults and meanings of `torch.optim.SGD`.
@@ -33,8 +34,7 @@ def sgd(
         p      = p - lr * (g + momentum * buffer if nesterov else buffer)
 
     Args:
-        lr, momentum, dampening, weight_decay: each a number, a 0-dim tensor, a dict from names or globs to these or to
-            tensors that broadcast to the parameter, a callable of the step, or `per_task`.
+        lr, momentum, dampening, weight_decay: hyperparameters (`statelessify.optim` lists what each may be).
         nesterov: look ahead; needs momentum and no dampening.
         maximize: go up instead of down.
 
@@ -48,34 +48,30 @@ def sgd(
         >>> from statelessify import optim
         >>> optimizer = optim.sgd(lr={"body.*": 0.01, "head.*": torch.tensor(0.1, requires_grad=True)})
     """
-    refuse_unknown("sgd", unknown, ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"))
-    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+    numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    switches = {"nesterov": nesterov, "maximize": maximize}
+    refuse_unknown("sgd", unknown, [*numbers, *switches])
+    if nesterov is True and (is_zero(momentum) or not is_zero(dampening)):
         raise HyperparameterError(
             f"`nesterov=True` needs momentum and no dampening; given momentum={momentum!r}, dampening={dampening!r}"
         )
-    with_momentum, with_decay, dampened = not is_zero(momentum), not is_zero(weight_decay), not is_zero(dampening)
+    slots = ("momentum_buffer",) if has(momentum, is_nonzero) else ()
+    return Rule(
+        "sgd", _prepare, _update, numbers, switches, ranges={"dampening": Range(low=-math.inf)}, slots=slots
+    ).optimizer()
 
-    def prepare(values: dict[str, Any], step: Tensor) -> Any:
-        # The first buffer is the gradient itself, without dampening.
-        return (step != 0).to(torch.float64) if dampened and with_momentum else None
 
-    def update(
-        p: Tensor, g: Tensor, slots: dict[str, Tensor], values: dict[str, Any], warm: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        g = -g if maximize else g
-        g = g + values["weight_decay"] * p if with_decay else g
-        if with_momentum:
-            fresh = g if warm is None else g - (warm * values["dampening"]).to(g.device, g.dtype) * g
-            buffer = values["momentum"] * slots["momentum_buffer"] + fresh
-            slots = {"momentum_buffer": buffer}
-            g = g + values["momentum"] * buffer if nesterov else buffer
-        lr = values["lr"]
-        return p - lr * g if isinstance(lr, Tensor) else torch.sub(p, g, alpha=lr), slots
+def _prepare(values: Values, t: Any, scalars: Slots) -> Coefficients:
+    # The first buffer is the gradient itself, without dampening.
+    dampening = values["dampening"]
+    fresh = 1 if is_zero(dampening) else where(t == 1, 1.0, 1 - dampening)
+    return Coefficients({**values, "fresh": fresh})
 
-    return elementwise(
-        {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay},
-        {"dampening": Range(low=-math.inf)},
-        ("momentum_buffer",) if with_momentum else (),
-        update,
-        prepare,
-    )
+
+def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slots]:
+    p, g = with_decay(p, g, c)
+    if not is_zero(c["momentum"]):
+        buffer = add(scaled(slots["momentum_buffer"], c["momentum"]), g, c["fresh"])
+        slots = {"momentum_buffer": buffer}
+        g = add(g, buffer, c["momentum"]) if c["nesterov"] else buffer
+    return add(p, g, -c["lr"]), slots

@@ -1,0 +1,91 @@
+"""What a step is given, checked before anything is computed: parameters, gradients, and the state of this very rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tree import first_difference, flatten_up_to, tree_flatten, tree_leaves, tree_names
+from .._words import listed
+from ..errors import DtypeError, ShapeError, TreeError
+from ..typing import Tree
+from ._optimizer import OptState
+
+__all__: list[str] = []
+
+
+class Names:
+    """The names of a tree's leaves, made when they are asked for."""
+
+    def __init__(self, params: Tree) -> None:
+        self._params = params
+        self._names: list[str] | None = None
+
+    def __call__(self) -> list[str]:
+        if self._names is None:
+            self._names = tree_names(self._params)
+        return self._names
+
+
+def gradients_of(
+    names: Names, leaves: Sequence[Tensor], shapes: Sequence[torch.Size], spec: Any, grads: Tree
+) -> list[Tensor]:
+    """The gradient of each leaf; zero where there is none."""
+    try:
+        found = flatten_up_to(spec, grads)
+    except ValueError:
+        raise TreeError(
+            f"`params` and `grads` have different structures: {first_difference(spec, tree_flatten(grads)[1])}"
+        ) from None
+    for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
+        if gradient is None:
+            found[index] = torch.zeros_like(leaf)
+        elif not isinstance(gradient, Tensor):
+            raise DtypeError(f"the gradient of `{names()[index]}` is {type(gradient).__name__}, not a tensor")
+        elif gradient.shape != shape:
+            raise ShapeError(
+                f"the gradient of `{names()[index]}` has shape {tuple(gradient.shape)}, the parameter has "
+                f"{tuple(shape)}; pass one of the parameter's shape"
+            )
+        elif gradient.dtype != leaf.dtype:
+            raise DtypeError(
+                f"the gradient of `{names()[index]}` is {gradient.dtype}, the parameter is {leaf.dtype}; cast it with "
+                "`grad.to(param.dtype)`"
+            )
+        elif gradient.layout != torch.strided:
+            found[index] = gradient.to_dense()
+    return found
+
+
+def require_state(state: Any, rule: str, slots: Iterable[str], hyperparameters: Iterable[str]) -> None:
+    """Refuse the state of another rule, or of the same with other options."""
+    if not isinstance(state, OptState):
+        raise TreeError(f"the state is {type(state).__name__}, not an `OptState`; pass what `init(params)` gives")
+    owner = getattr(state.hyperparameters, "rule", "") or rule
+    if owner != rule or state.slots.keys() - {"step"} != set(slots):
+        raise TreeError(
+            f"the state is one of `{owner}` with the slots {listed(state.slots)}, but this optimizer is `{rule}` with "
+            f"{listed(slots)}; pass the state of an optimizer of the same kind and options"
+        )
+    if state.hyperparameters.keys() != set(hyperparameters):
+        raise TreeError(
+            f"the state has the hyperparameters {listed(state.hyperparameters)}, but `{rule}` has "
+            f"{listed(hyperparameters)}; replace values in `state.hyperparameters`, not names"
+        )
+
+
+def leaves_of(names: Names, slot: str, tree: Tree, wanted: list[torch.Size] | None) -> list[Tensor]:
+    """The leaves of a slot, checked to be of these shapes; None for any."""
+    column = tree_leaves(tree)
+    found = [getattr(leaf, "shape", None) for leaf in column]
+    if len(found) != len(names()) if wanted is None else found != wanted:
+        words = ["no shape" if shape is None else tuple(shape) for shape in found]
+        raise ShapeError(
+            f"slot `{slot}` of the state does not fit the parameters {listed(names())}: it has {words}"
+            + (f", not {[tuple(shape) for shape in wanted]}" if wanted is not None else "")
+            + "; pass a state of these parameters (with `in_dims=0`, both per task)"
+        )
+    return column
