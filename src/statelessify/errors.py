@@ -15,6 +15,7 @@
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
+     ├── OptimizerError (TypeError)              an optimizer of torch that has no pure form
      ├── LossError (ValueError)                  a loss that is not one real number per task
      └── HyperparameterError (ValueError)        a value that no optimizer can use
           └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
@@ -37,6 +38,7 @@ __all__ = [
     "ModuleError",
     "MutationError",
     "NamesError",
+    "OptimizerError",
     "PolicyError",
     "RandomnessError",
     "ShapeError",
@@ -97,6 +99,10 @@ class CheckpointError(StatelessifyError, RuntimeError):
 
 class DerivativeError(StatelessifyError, RuntimeError):
     """An operation that does not have the derivative which is asked for, and would lose it without an error."""
+
+
+class OptimizerError(StatelessifyError, TypeError):
+    """An optimizer of torch that cannot be made a pure one; the message says what to use instead."""
 
 
 class TaskError(StatelessifyError, ValueError):

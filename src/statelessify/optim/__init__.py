@@ -21,6 +21,8 @@ from ._adagrad import adagrad
 from ._adam import adam, adamw
 from ._adamax import adamax
 from ._asgd import asgd
+from ._clip import clip_by_global_norm, clip_by_value, normalize
+from ._from_torch import from_torch
 from ._hyperparameters import per_task
 from ._lion import lion
 from ._muon import muon
@@ -29,7 +31,9 @@ from ._optimizer import Optimizer, OptState
 from ._radam import radam
 from ._rmsprop import rmsprop
 from ._rprop import rprop
+from ._schedule import schedule
 from ._sgd import sgd
+from ._to_torch import to_torch_
 
 __all__ = [
     "OptState",
@@ -41,12 +45,18 @@ __all__ = [
     "adamax",
     "adamw",
     "asgd",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "from_torch",
     "lion",
     "muon",
     "nadam",
+    "normalize",
     "per_task",
     "radam",
     "rmsprop",
     "rprop",
+    "schedule",
     "sgd",
+    "to_torch_",
 ]

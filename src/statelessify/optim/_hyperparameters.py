@@ -79,12 +79,12 @@ _HOLE = object()
 
 def _split(values: Hyperparameters) -> tuple[list[Any], Any]:
     leaves, spec = pytree.tree_flatten(dict(values))
-    static = [leaf if isinstance(leaf, (int, float, str)) or callable(leaf) else _HOLE for leaf in leaves]
-    return [leaf for leaf, kept in zip(leaves, static, strict=True) if kept is _HOLE], (
-        spec,
-        tuple(static),
-        values.rule,
-    )
+    static = tuple(leaf if _is_static(leaf) else _HOLE for leaf in leaves)
+    return [leaf for leaf, kept in zip(leaves, static, strict=True) if kept is _HOLE], (spec, static, values.rule)
+
+
+def _is_static(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, (int, float, str)) or callable(leaf)
 
 
 def _joined(leaves: Iterable[Any], context: Any) -> Hyperparameters:
