@@ -12,6 +12,7 @@ nox.options.reuse_venv = "yes"
 
 PINNED = ("--constraint", "constraints.txt")
 PEERS = ("higher", "numpy")  # what tests and benchmarks compare with
+MORE_PEERS = ("torchopt", "pytorch-optimizer")  # what benchmarks alone do
 DATABASE = "expecttest"  # torch's own module database needs it
 WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
 # One thread per worker: torch's own threads would fight over the cores with the other workers.
@@ -68,6 +69,6 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run every script in benchmarks, peers measured in the same run; arguments go to each script."""
-    install_project(session, ".[examples]", *PEERS)
+    install_project(session, ".[examples]", *PEERS, *MORE_PEERS)
     for script in sorted(Path("benchmarks").glob("[!_]*.py")):
         session.run("python", str(script), *session.posargs, env=HEADLESS)

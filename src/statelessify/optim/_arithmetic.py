@@ -86,11 +86,12 @@ def power(base: Any, exponent: Any) -> Any:
 
 def where(condition: Any, this: Any, other: Any) -> Any:
     """`this` if the condition, a truth value or a tensor of them, holds, else `other`."""
-    if isinstance(condition, Tensor):
-        tensors = [value for value in (this, other) if isinstance(value, Tensor)]
-        device = tensors[0].device if tensors else condition.device
-        return torch.where(condition.to(device), this, other)
-    return this if condition else other
+    if not isinstance(condition, Tensor):
+        return this if condition else other
+    if not isinstance(this, Tensor) and not isinstance(other, Tensor):  # torch would make them float32
+        this = torch.full_like(condition, this, dtype=torch.float64)
+    device = this.device if isinstance(this, Tensor) else other.device
+    return torch.where(condition.to(device), this, other)
 
 
 def at_least(x: Any, low: Any) -> Any:
