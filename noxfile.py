@@ -58,9 +58,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Run two examples with small settings and say where their pictures are; arguments replace `--fast`."""
+    """Run the examples with small settings and say where their pictures are; arguments replace `--fast`."""
     install_project(session, ".[examples]")
-    for program in ("sinusoid", "few_shot"):
+    for program in ("sinusoid", "few_shot", "learned_optimizer"):
         session.run("python", f"examples/{program}.py", *(session.posargs or ["--fast"]), env=HEADLESS)
     for picture in sorted(Path("pictures").glob("*.png")):
         session.log(f"picture: {picture.resolve()}")

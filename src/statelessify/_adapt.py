@@ -14,6 +14,7 @@ from ._transforms import OrdinaryTensors, ordinary, transforming
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from .errors import HyperparameterError, LossError
 from .optim import Optimizer
+from .optim._checked import checked
 from .typing import Batch, GradTransform, Loss, Tree
 
 __all__ = ["Adapted", "adapt"]
@@ -87,7 +88,7 @@ def adapt(
         if steps == 0:
             return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
 
-        call = scalar_loss(loss, carry is not None)
+        call, update = scalar_loss(loss, carry is not None), checked(optimizer)
 
         def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
             params, opt_state, carry = state
@@ -100,7 +101,7 @@ def adapt(
             )
             if grad_transform is not None:
                 grads = grad_transform(grads)
-            params, opt_state = optimizer.step(params, grads, opt_state)
+            params, opt_state = update(params, grads, opt_state)
             return (params, opt_state, new_carry), value
 
         def batch_at(index: int, state: Any) -> Any:

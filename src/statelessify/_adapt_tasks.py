@@ -32,6 +32,7 @@ from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
+from .optim._checked import checked
 from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule, replaced
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
@@ -211,7 +212,7 @@ class _Run(NamedTuple):
         done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), state)
-            out = marked(self.mapper(self.optimizer.step, args, self.optimizer.step))
+            out = marked(self.mapper(checked(self.optimizer), args, self.optimizer.step))
             done = from_marks(out[0]).tree, from_marks(out[1])
         elif state is opt_state:
             return done
@@ -248,7 +249,7 @@ class _Run(NamedTuple):
         state = opt_state.tree
         if not _like_parameters(state.slots, shapes):
             return None
-        new_params, new_state = self.optimizer.step(params, grads, state)
+        new_params, new_state = checked(self.optimizer)(params, grads, state)
         if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
             return None
         if not _same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task

@@ -30,8 +30,9 @@ class Optimizer(NamedTuple):
     Attributes:
         init: ``init(params) -> state``; the state is any tree.
         step: ``step(params, grads, state) -> (params, state)``.
-        elementwise: whether each entry of the result depends on that entry of the inputs only, so that `step` may
-            be given all tasks at once. `adapt_tasks` maps it over tasks otherwise.
+        elementwise: whether each entry of the result depends on that entry of the inputs only, so that `adapt_tasks`
+            may give `step` all tasks at once. It does where the state is an `OptState` whose slots are like the
+            parameters, and maps `step` over the tasks otherwise.
 
     Example:
         >>> from statelessify import optim
