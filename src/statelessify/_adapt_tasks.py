@@ -33,7 +33,8 @@ from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tre
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
 from .optim._checked import checked
-from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule, replaced
+from .optim._container import replaced
+from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DtypeError
-from ._arithmetic import add, at_least, at_most, decayed, is_zero, lerp, like, power, scaled
+from ._arithmetic import add, at_least, at_most, decayed, is_zero, lerp, like, norm, power, scaled
 from ._hyperparameters import Range, refuse_unknown
 from ._optimizer import Optimizer
 from ._rule import Coefficients, Rule, Slots, Values
@@ -75,6 +75,7 @@ def adafactor(
         ranges,
         ("row_var", "col_var", "variance"),
         elementwise=False,
+        whole=frozenset({"beta2_decay"}),
         slot_shape=_slot_shape,
         check=_check,
     )
@@ -107,11 +108,14 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     p = p if is_zero(c["weight_decay"]) else scaled(p, c["decay"])
     slots = dict(slots)
     if g.ndim > 1:
-        rows = _norm(g, dim=-1, keepdim=True).square() / g.shape[-1]
-        columns = _norm(g, dim=-2, keepdim=True).square() / g.shape[-2]
+        rows = norm(g, dim=-1, keepdim=True).square() / g.shape[-1]
+        columns = norm(g, dim=-2, keepdim=True).square() / g.shape[-2]
         slots["row_var"] = rows = lerp(slots["row_var"], rows, c["weight"])
         slots["col_var"] = columns = lerp(slots["col_var"], columns, c["weight"])
-        variance = rows @ columns / at_least(rows.mean(dim=-2, keepdim=True), eps1)
+        mean = rows.mean(dim=-2, keepdim=True)
+        # A product of squares overflows early. To scale by a power of two changes no other bit.
+        scale = torch.where(mean.detach().amax() > 2.0**60, 2.0**-64, 1.0).to(g.dtype)
+        variance = (rows * scale) @ (columns * scale) / at_least(mean * scale, eps1 * scale) / scale
     else:
         slots["variance"] = variance = lerp(slots["variance"], g * g, c["weight"])
     move = at_least(variance, eps1 * eps1).rsqrt() * g
@@ -119,9 +123,6 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     return add(p, move, -size / clip), slots
 
 
-_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # pyright: ignore[reportUnknownVariableType]
-
-
 def _rms(x: Tensor) -> Tensor:
     """The root of the mean square, in float64 as if it were a plain number."""
-    return _norm(x).to(torch.float64) / x.numel() ** 0.5
+    return norm(x).to(torch.float64) / x.numel() ** 0.5

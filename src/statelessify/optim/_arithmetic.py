@@ -5,7 +5,8 @@ The order of operations is torch.optim's, so that results are the same bit for b
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,13 @@ def with_decay(p: Tensor, g: Tensor, c: dict[str, Any]) -> tuple[Tensor, Tensor]
     if is_zero(c["weight_decay"]):
         return p, g
     return (p, add(g, p, c["weight_decay"])) if c.get("decay") is None else (scaled(p, c["decay"]), g)
+
+
+def norm(x: Tensor, **options: Any) -> Tensor:
+    """The norm of a vector, or along `dim`, with derivatives of any order zero where it is zero."""
+    plain = cast("Callable[..., Tensor]", torch.linalg.vector_norm)
+    zero = plain(x.detach(), **options) == 0
+    return torch.where(zero, 0.0, plain(torch.where(zero, 1.0, x), **options))
 
 
 def root(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _prepare(values: Values, t: Any, scalars: Slots) -> Coefficients:
     lr, lambd = values["lr"], values["lambd"]
     eta = where(t == 1, lr, number(scalars["eta"]))
     following = lr / power(1 + lambd * lr * t, values["alpha"])
-    known = {"eta": -eta, "shrunk": 1 - lambd * eta, "mu": 1 / at_least(t - 1 - values["t0"], 1)}
+    known = {"eta": -eta, "shrunk": 1 - lambd * eta, "mu": where(t == 1, 1, 1 / at_least(t - 1 - values["t0"], 1))}
     stored = scalars["eta"]
     stored = like(following, stored) if isinstance(following, Tensor) else stored.new_tensor(following)
     return Coefficients({**values, **known}, {"eta": stored})
@@ -72,5 +72,5 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     _, g = with_decay(p, g, c)
     p = add(scaled(p, c["shrunk"]), g, c["eta"])
     if not isinstance(c["mu"], Tensor) and c["mu"] == 1:
-        return p, {"ax": p}
+        return p, {"ax": p.clone()}
     return p, {"ax": slots["ax"] + scaled(p - slots["ax"], c["mu"])}

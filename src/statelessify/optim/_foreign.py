@@ -19,8 +19,9 @@ from .._transforms import transforming, unwrapped
 from .._tree import same_static, tree_detach, tree_leaves, tree_map
 from .._words import listed, nearest
 from ..errors import DerivativeError, HyperparameterError, HyperparameterNameError, OptimizerError
+from ._container import Hyperparameters, replaced
 from ._held import Group, Held, trainable
-from ._hyperparameters import Hyperparameters, PerTask, at_step, by_parameter, check_fits, has, is_schedule, replaced
+from ._hyperparameters import PerTask, at_step, by_parameter, check_fits, has, is_schedule
 from ._optimizer import Optimizer, OptState
 from ._watch import Watch, carries
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tree import first_difference, flatten_up_to, tree_flatten, tree_leaves, tree_names
+from .._tree import first_difference, flatten_up_to, require_floating, tree_flatten, tree_names
 from .._words import listed
 from ..errors import DtypeError, ShapeError, TreeError
 from ..typing import Tree
@@ -28,6 +28,13 @@ class Names:
         if self._names is None:
             self._names = tree_names(self._params)
         return self._names
+
+
+def shapes_of(params: Tree, leaves: Sequence[Any]) -> list[torch.Size]:
+    """The shape of each parameter."""
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        require_floating(params, "params")
+    return [leaf.shape for leaf in leaves]
 
 
 def gradients_of(
@@ -77,15 +84,22 @@ def require_state(state: Any, rule: str, slots: Iterable[str], hyperparameters: 
         )
 
 
-def leaves_of(names: Names, slot: str, tree: Tree, wanted: list[torch.Size] | None) -> list[Tensor]:
-    """The leaves of a slot, checked to be of these shapes; None for any."""
-    column = tree_leaves(tree)
+def leaves_of(names: Names, spec: Any, slot: str, tree: Tree, wanted: list[torch.Size] | None) -> list[Tensor]:
+    """The leaves of a slot in the order of the parameters, checked to be of these shapes; None for any."""
+    column, own = tree_flatten(tree)
+    if own != spec:  # another kind of container may have the same names
+        by_name = dict(zip(tree_names(tree), column, strict=True))
+        if by_name.keys() != set(names()):
+            raise TreeError(
+                f"slot `{slot}` of the state does not fit the parameters {listed(names())}: it has {listed(by_name)}; "
+                "pass a state of these parameters"
+            )
+        column = [by_name[name] for name in names()]
     found = [getattr(leaf, "shape", None) for leaf in column]
-    if len(found) != len(names()) if wanted is None else found != wanted:
+    if wanted is not None and found != wanted:
         words = ["no shape" if shape is None else tuple(shape) for shape in found]
         raise ShapeError(
-            f"slot `{slot}` of the state does not fit the parameters {listed(names())}: it has {words}"
-            + (f", not {[tuple(shape) for shape in wanted]}" if wanted is not None else "")
-            + "; pass a state of these parameters (with `in_dims=0`, both per task)"
+            f"slot `{slot}` of the state does not fit the parameters {listed(names())}: it has {words}, not "
+            f"{[tuple(shape) for shape in wanted]}; pass a state of these parameters (with `in_dims=0`, both per task)"
         )
     return column

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._partition import glob_matches
-from .._tree import register_mapping, tree_leaves
+from .._tree import tree_leaves
 from .._words import listed, nearest
 from ..errors import HyperparameterError, HyperparameterNameError, NamesError
 
@@ -54,48 +53,6 @@ def per_task(tree: Any) -> Any:
     if not leaves:
         raise HyperparameterError("`per_task` was given nothing; write `per_task(torch.tensor([...]))`")
     return PerTask(tree)
-
-
-class Hyperparameters(dict[str, Any]):
-    """The hyperparameters in a state, by name, and the rule that they belong to.
-
-    To `torch.vmap` and torch's own pytree, what is not a tensor in it is structure, so that a step can be mapped by
-    them although plain numbers stand in the state.
-    """
-
-    def __init__(self, values: Mapping[str, Any], rule: str = "") -> None:
-        super().__init__(values)
-        self.rule = rule
-
-
-def replaced(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a state with others for some of them."""
-    both = {**values, **new}
-    return Hyperparameters(both, values.rule) if isinstance(values, Hyperparameters) else both
-
-
-_HOLE = object()
-
-
-def _split(values: Hyperparameters) -> tuple[list[Any], Any]:
-    leaves, spec = pytree.tree_flatten(dict(values))
-    static = tuple(leaf if _is_static(leaf) else _HOLE for leaf in leaves)
-    return [leaf for leaf, kept in zip(leaves, static, strict=True) if kept is _HOLE], (spec, static, values.rule)
-
-
-def _is_static(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, (int, float, str)) or callable(leaf)
-
-
-def _joined(leaves: Iterable[Any], context: Any) -> Hyperparameters:
-    spec, static, rule = context
-    remaining = iter(leaves)
-    filled = [next(remaining) if kept is _HOLE else kept for kept in static]
-    return Hyperparameters(pytree.tree_unflatten(filled, spec), rule)
-
-
-pytree.register_pytree_node(Hyperparameters, _split, _joined)
-register_mapping(Hyperparameters, lambda values: values.rule, Hyperparameters)
 
 
 class Range(NamedTuple):
@@ -165,6 +122,8 @@ def check_ranges(name: str, spec: Any, ranges: Ranges) -> None:
             check_ranges(name, spec.tree, ranges)
     elif isinstance(spec, dict):
         for key, value in cast("dict[str, Any]", spec).items():
+            if isinstance(value, dict):
+                raise HyperparameterError(f"`{name}[{key!r}]` is a dict in a dict; write one, of names or globs")
             check_ranges(f"{name}[{key!r}]", value, ranges)
     elif not isinstance(ranges, Range):
         if not isinstance(spec, tuple) or len(cast("tuple[Any, ...]", spec)) != len(ranges):
@@ -172,7 +131,10 @@ def check_ranges(name: str, spec: Any, ranges: Ranges) -> None:
             raise HyperparameterError(f"`{name}` is {shown}, not {len(ranges)} numbers; write `{name}=(..., ...)`")
         for index, (value, range_) in enumerate(zip(cast("tuple[Any, ...]", spec), ranges, strict=True)):
             check_ranges(f"{name}[{index}]", value, range_)
-    elif not isinstance(spec, Tensor):
+    elif isinstance(spec, Tensor):
+        if spec.is_complex():
+            raise HyperparameterError(f"`{name}` is a complex tensor ({spec.dtype}); write a real one")
+    else:
         ranges.check(name, spec)
 
 
@@ -187,8 +149,20 @@ def check_flag(name: str, flag: Any) -> None:
             )
 
 
-def check_fits(name: str, spec: Any, names: Sequence[str], shapes: Sequence[torch.Size], tasks: bool = False) -> None:
-    """Check that a specification has exactly one value for each parameter, of a shape that broadcasts to it."""
+def check_fits(
+    name: str,
+    spec: Any,
+    names: Sequence[str],
+    shapes: Sequence[torch.Size],
+    whole: bool = False,
+    tasks: bool = False,
+) -> None:
+    """Check that a specification has exactly one value for each parameter, of a shape that broadcasts to it.
+
+    One number of the `whole` parameter it has to be where the rule does not use it entry by entry.
+    """
+    if whole:
+        shapes = [torch.Size(())] * len(shapes)
     if isinstance(spec, PerTask):
         check_fits(name, spec.tree, names, shapes, tasks=True)
     elif isinstance(spec, dict):
@@ -200,7 +174,7 @@ def check_fits(name: str, spec: Any, names: Sequence[str], shapes: Sequence[torc
                     _check_value(f"{name}[{key!r}]", value, parameter, shape, tasks)
     elif isinstance(spec, tuple):
         for index, value in enumerate(cast("tuple[Any, ...]", spec)):
-            check_fits(f"{name}[{index}]", value, names, shapes, tasks)
+            check_fits(f"{name}[{index}]", value, names, shapes, tasks=tasks)
     elif isinstance(spec, Tensor) and spec.ndim - tasks != 0:
         raise HyperparameterError(
             f"`{name}` is a tensor of shape {tuple(spec.shape)}, but one value for all parameters is 0-dim; write a "

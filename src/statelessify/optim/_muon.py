@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, HyperparameterError, ShapeError
-from ._arithmetic import add, at_least, decayed, is_zero, lerp, like, scaled
+from ._arithmetic import add, at_least, decayed, is_zero, lerp, like, norm, scaled
 from ._hyperparameters import Range, refuse_unknown
 from ._optimizer import Optimizer
 from ._rule import Coefficients, Rule, Slots, Values
@@ -95,6 +95,7 @@ def muon(
         ("momentum_buffer",),
         choices=choices,
         elementwise=False,
+        whole=frozenset({"ns_coefficients", "eps"}),
         check=_check,
     )
     return rule.optimizer()
@@ -132,7 +133,7 @@ def _orthogonal(u: Tensor, c: Values) -> Tensor:
     tall = u.shape[0] > u.shape[1]
     x = u if c["dtype"] is None else u.to(c["dtype"])
     x = x.T if tall else x
-    x = x / at_least(torch.linalg.vector_norm(x), c["eps"])
+    x = x / at_least(norm(x), c["eps"])
     first, second, third = (like(value, x) for value in c["ns_coefficients"])
     for _ in range(c["ns_steps"]):
         gram = x @ x.T

@@ -66,7 +66,7 @@ def _prepare(values: Values, t: Any, scalars: Slots) -> Coefficients:
 def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slots]:
     g = -g if c["maximize"] else g
     (smaller, larger), (least, most) = c["etas"], c["step_sizes"]
-    sign = torch.sign(g * slots["prev"])
+    sign = torch.sign(g) * torch.sign(slots["prev"])  # the product itself may vanish
     size = slots["step_size"] if is_zero(c["initial"]) else slots["step_size"] + like(c["initial"], p)
     factor = torch.ones_like(p)
     factor = torch.where(sign > 0, like(larger, p), torch.where(sign < 0, like(smaller, p), factor))

@@ -16,11 +16,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .._transforms import transforming
 from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
+from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._given import Names, gradients_of, leaves_of, require_state
+from ._container import checked
+from ._given import Names, gradients_of, leaves_of, require_state, shapes_of
 from ._hyperparameters import (
-    Hyperparameters,
     Range,
     Ranges,
     at_step,
@@ -29,6 +30,7 @@ from ._hyperparameters import (
     check_flag,
     check_ranges,
     has,
+    is_nonzero,
     is_schedule,
 )
 from ._optimizer import Optimizer, OptState
@@ -85,6 +87,7 @@ class Rule:
         slots: the names of the tensors that are like the parameter, zero at first.
         scalars: the names of the 0-dim tensors of each parameter, zero at first.
         choices: name -> what else is chosen for all parameters, such as a dtype.
+        whole: the names of hyperparameters that are one number for each parameter, not for each entry.
         elementwise: whether no entry depends on another.
         slot_shape: ``slot_shape(slot, shape)``, for slots that are not like the parameter.
         check: ``check(name, leaf)`` refuses parameters that the rule has no meaning for.
@@ -99,6 +102,7 @@ class Rule:
     slots: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=_nothing)
+    whole: frozenset[str] = frozenset()
     elementwise: bool = True
     slot_shape: Callable[[str, torch.Size], Sequence[int]] | None = None
     check: Callable[[str, Tensor], None] = _accept
@@ -121,7 +125,8 @@ class Rule:
         names, shapes = tree_names(params), [leaf.shape for leaf in leaves]
         for name, leaf in zip(names, leaves, strict=True):
             self.check(name, leaf)
-        for name, value in {**self.hyperparameters, **self.switches}.items():
+        self._check(self.hyperparameters, names, shapes)
+        for name, value in self.switches.items():
             check_fits(name, value, names, shapes)
         columns = {slot: [torch.zeros_like(leaf) for leaf in leaves] for slot in self.slots}
         for slot, shape in self._other_shapes(shapes).items():
@@ -130,15 +135,15 @@ class Rule:
             columns[slot] = [torch.zeros((), dtype=torch.float64)] * len(leaves)
         return OptState(
             step=torch.zeros((), dtype=torch.int64),  # on the CPU, where it can be read without waiting
-            hyperparameters=Hyperparameters(self.hyperparameters, self.name),
+            hyperparameters=checked(self.hyperparameters, self.name),
             slots={slot: tree_unflatten(spec, column) for slot, column in columns.items()},
         )
 
     def step(self, params: Tree, grads: Tree, state: OptState) -> tuple[Tree, OptState]:
         leaves, spec = tree_flatten(params)
-        names, shapes = Names(params), [leaf.shape for leaf in leaves]
+        names, shapes = Names(params), shapes_of(params, leaves)
         gradients = gradients_of(names, leaves, shapes, spec, grads)
-        slots = self._columns(names, shapes, state)
+        slots = self._columns(names, shapes, spec, state)
         values = self._values(names, shapes, state)
         # Leaves with one key are updated by the same arithmetic; with the same first half, by the same numbers.
         shared = zip(
@@ -169,7 +174,7 @@ class Rule:
             work.put_scalars(members, coefficients.scalars)
         return tree_unflatten(spec, work.leaves), OptState(
             step=state.step + 1,
-            hyperparameters=state.hyperparameters,
+            hyperparameters=checked(state.hyperparameters, self.name),
             slots={slot: tree_unflatten(spec, column) for slot, column in work.new_slots.items()},
         )
 
@@ -181,11 +186,11 @@ class Rule:
         new, pairs = self.update(_as_real(leaf), _as_real(gradient), pairs, coefficients)
         return torch.view_as_complex(new), {slot: torch.view_as_complex(tensor) for slot, tensor in pairs.items()}
 
-    def _columns(self, names: Names, shapes: list[torch.Size], state: OptState) -> dict[str, list[Tensor]]:
+    def _columns(self, names: Names, shapes: list[torch.Size], spec: Any, state: OptState) -> dict[str, list[Tensor]]:
         """The leaves of each slot."""
         require_state(state, self.name, (*self.slots, *self.scalars), self.hyperparameters)
         wanted = dict.fromkeys(self.slots, shapes) | self._other_shapes(shapes)
-        return {slot: leaves_of(names, slot, tree, wanted.get(slot)) for slot, tree in state.slots.items()}
+        return {slot: leaves_of(names, spec, slot, tree, wanted.get(slot)) for slot, tree in state.slots.items()}
 
     def _other_shapes(self, shapes: list[torch.Size]) -> dict[str, list[torch.Size]]:
         """The shapes of slots that are not like the parameters."""
@@ -196,11 +201,23 @@ class Rule:
     def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
         """The hyperparameters and switches of each leaf at this step."""
         specs: dict[str, Any] = dict(state.hyperparameters)
+        if not getattr(state.hyperparameters, "checked", False):
+            self._check(specs, names(), shapes)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
-        self._check_ranges(now)
-        for name, spec in now.items():
-            check_fits(name, spec, names(), shapes)
+        if now:
+            self._check(now, names(), shapes)
         return by_parameter({**specs, **now, **self.switches, **self.choices}, names, len(shapes))
+
+    def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
+        """Whether these hyperparameters are values that the rule can use on these parameters."""
+        self._check_ranges(specs)
+        for name, spec in specs.items():
+            check_fits(name, spec, names, shapes, name in self.whole)
+        if "momentum_buffer" not in self.slots and has(specs.get("momentum", 0), is_nonzero):
+            raise TreeError(
+                f"the state has `momentum`, but was made by `{self.name}` without, and has no buffer for it; make the "
+                "optimizer with `momentum=`, if only a small one"
+            )
 
     def _check_ranges(self, specs: dict[str, Any]) -> None:
         for name, spec in specs.items():
