@@ -105,9 +105,12 @@ def from_torch(
         return foreign(cls, (optimizer, groups), options)
     shapes = trainable(groups)
     known = inspect.signature(make).parameters
+    states = _snapshot(optimizer, groups)
+    if isinstance(optimizer, torch.optim.Adagrad):  # which is given the value beside its groups, and uses it at once
+        groups = [group._replace(options=_with_start(group, states)) for group in groups]
     specs = {name: spec for name, spec in _joined(groups, shapes).items() if name in known}
     rule = cast("Rule", cast("Any", make(**{**specs, **options}).init).__self__)
-    return Held(shapes, _Warm(rule, _snapshot(optimizer, groups)).init, rule.step).optimizer(rule.elementwise)
+    return Held(shapes, _Warm(rule, states).init, rule.step).optimizer(rule.elementwise)
 
 
 def rule_of(cls: type[torch.optim.Optimizer]) -> Callable[..., Optimizer] | None:
@@ -145,6 +148,13 @@ def _joined(groups: list[Group], held: dict[str, Any]) -> dict[str, Any]:
         if column:
             found[key] = first if all(same(first, value) for value in column.values()) else column
     return found
+
+
+def _with_start(group: Group, states: dict[str, tuple[int, dict[str, Tensor]]]) -> dict[str, Any]:
+    """The options of a group with the accumulator that its parameters begin with."""
+    starts = [states[name][1]["sum"] for name in group.names if states[name][0] == 0 and "sum" in states[name][1]]
+    values = {start.real.flatten()[0].item() for start in starts if start.numel()}
+    return {**group.options, "initial_accumulator_value": values.pop()} if len(values) == 1 else group.options
 
 
 def _kept(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class Held:
         require_floating(params, "params")
         leaves, _ = tree_flatten(params)
         flat = dict(zip(tree_names(params), leaves, strict=True))
+        if isinstance(params, dict) and cast("dict[str, Any]", params).keys() == flat.keys():
+            flat = {name: flat[name] for name in cast("dict[str, Any]", params)}  # in the order of its maker
         if self.shapes is None:
             return self.start(flat)
         if missing := [name for name in self.shapes if name not in flat]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._tree import tree_leaves, tree_names
+from .._tree import tree_detach, tree_leaves, tree_names
 from .._words import listed
 from ..errors import HyperparameterError, NamesError, ShapeError, TreeError
 from ._foreign import put_back_
@@ -15,6 +16,7 @@ from ._from_torch import rule_of, same
 from ._held import Group, groups_of
 from ._hyperparameters import at_step, by_parameter
 from ._optimizer import OptState
+from ._parts import copied, unboxed
 
 __all__ = ["to_torch_"]
 
@@ -58,20 +60,129 @@ def to_torch_(optimizer: torch.optim.Optimizer, state: OptState, *, module: nn.M
         )
     groups = groups_of(optimizer, module)
     with torch.no_grad():
+        values = _values_of(state, groups)
+        pairs = list(zip(groups, optimizer.param_groups, strict=True))
+        options = [_options(live, group, values, only_known=make is not None) for group, live in pairs]
         if make is None:
             put_back_(optimizer, groups, state)
-            return
-        slots = {slot: _by_name(tree) for slot, tree in state.slots.items()}
-        values = _values_of(state, groups)
-        for group, live in zip(groups, optimizer.param_groups, strict=True):
-            _write_options(group, live, values)
-            for name, p in zip(group.names, group.params, strict=True):
-                if p.requires_grad:
-                    _write_state(optimizer, p, live, _of_parameter(name, slots, state), values[name])
+            plans = []
+        else:
+            slots = {slot: _by_name(tree) for slot, tree in state.slots.items()}
+            plans = [
+                entry
+                for (group, live), new in zip(pairs, options, strict=True)
+                for entry in _entries(optimizer, group, {**live, **new}, slots, values, state)
+            ]
+        for live, new in zip(optimizer.param_groups, options, strict=True):  # only now is anything written
+            live.update(new)
+        for p, entry in plans:
+            _write(optimizer, p, entry)
 
 
 def _by_name(tree: Any) -> dict[str, Tensor]:
     return dict(zip(tree_names(tree), tree_leaves(tree), strict=True))
+
+
+Entry = dict[str, Tensor | float] | None
+"""What torch is to hold for one parameter: tensors by slot, step counts as numbers; None for no state yet."""
+
+
+def _entries(
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    live: dict[str, Any],
+    slots: dict[str, dict[str, Tensor]],
+    values: dict[str, dict[str, Any]],
+    state: OptState,
+) -> list[tuple[Tensor, Entry]]:
+    """What each parameter of a group is to have, checked; `live` are the group's options."""
+    found: list[tuple[Tensor, Entry]] = []
+    for name, p in [pair for pair in zip(group.names, group.params, strict=True) if pair[1].requires_grad]:
+        for slot, column in slots.items():
+            if name not in column:
+                raise NamesError(
+                    f"slot `{slot}` of the state has {listed(column)}, but no `{name}`; pass the state of the "
+                    "parameters that the optimizer holds"
+                )
+        own = {slot: column[name] for slot, column in slots.items()}
+        count = int(own.pop("step", state.step))
+        found.append((p, _entry(optimizer, p, live, count, own, values[name])))
+    return found
+
+
+def _entry(
+    optimizer: torch.optim.Optimizer,
+    p: Tensor,
+    live: dict[str, Any],
+    count: int,
+    slots: dict[str, Tensor],
+    values: dict[str, Any],
+) -> Entry:
+    needed = {slot for slot in slots if slot not in _OPTIONAL}
+    needed |= {slot for slot, is_used in _OPTIONAL.items() if is_used(type(optimizer), live)}
+    if missing := needed - slots.keys():
+        raise TreeError(
+            f"the live {type(optimizer).__name__} needs {listed(missing)}, which the state does not have; make both "
+            "with the same options"
+        )
+    found: dict[str, Tensor | float] = {}
+    for slot in [slot for slot in slots if slot in needed]:
+        value = slots[slot]
+        if slot in _SCALARS:
+            if value.numel() != 1:
+                raise HyperparameterError(
+                    "a hyperparameter has one value for each entry of a parameter, which the state of torch cannot hold"
+                )
+            found[slot] = value.item()
+        elif isinstance(optimizer, torch.optim.Adafactor):
+            if value.numel():
+                found[slot] = value
+        elif value.shape != p.shape:
+            raise ShapeError(f"slot `{slot}` has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
+        else:
+            found[slot] = value
+    if count == 0 and not isinstance(optimizer, torch.optim.Adagrad):
+        return None  # torch makes it at the first step
+    if count == 0:  # here torch makes it with the optimizer
+        initial = float(values["initial_accumulator_value"])
+        found["sum"] = torch.full_like(p, complex(initial, initial) if p.is_complex() else initial)
+    if isinstance(optimizer, torch.optim.ASGD):
+        found["mu"] = 1 / max(1.0, count - float(values["t0"]))
+    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Muon)):
+        found["step"] = float(count)
+    return found if found else None
+
+
+_SCALARS = frozenset({"eta", "mu_product"})
+_OPTIONAL: dict[str, Callable[[type, dict[str, Any]], bool]] = {  # slots that torch has with some options only
+    "momentum_buffer": lambda cls, live: cls is torch.optim.Muon or bool(live.get("momentum")),
+    "max_exp_avg_sq": lambda cls, live: bool(live.get("amsgrad")),
+    "grad_avg": lambda cls, live: bool(live.get("centered")),
+}
+
+
+def _write(optimizer: torch.optim.Optimizer, p: Tensor, entry: Entry) -> None:
+    if entry is None:
+        optimizer.state.pop(p, None)
+        return
+    group = next(group for group in optimizer.param_groups if any(each is p for each in group["params"]))
+    own: dict[str, Any] = optimizer.state[p]
+    for slot, value in entry.items():
+        old = own.get(slot)
+        if isinstance(value, Tensor):
+            target = old if isinstance(old, Tensor) and old.shape == value.shape else None
+            if target is None:
+                target = torch.empty_like(p) if value.shape == p.shape else p.new_empty(value.shape)
+            own[slot] = target.copy_(value)
+        elif isinstance(old, Tensor):
+            old.fill_(value)
+        elif old is not None:  # a plain number, as old checkpoints have it
+            own[slot] = type(old)(value)
+        else:
+            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            on_device = isinstance(optimizer, torch.optim.ASGD) or group.get("capturable") or group.get("fused")
+            dtype, device = torch.float64 if wide else torch.float32, p.device if on_device else "cpu"
+            own[slot] = torch.tensor(value, dtype=dtype, device=device)
 
 
 def _values_of(state: OptState, groups: list[Group]) -> dict[str, dict[str, Any]]:
@@ -81,25 +192,21 @@ def _values_of(state: OptState, groups: list[Group]) -> dict[str, dict[str, Any]
     return dict(zip(names, by_parameter(now, lambda: names, len(names)), strict=True))
 
 
-def _of_parameter(name: str, slots: dict[str, dict[str, Tensor]], state: OptState) -> tuple[int, dict[str, Tensor]]:
-    """The step count and the slots of one parameter."""
-    for slot, column in slots.items():
-        if name not in column:
-            raise NamesError(f"slot `{slot}` of the state has {listed(column)}, but no `{name}`; pass its own state")
-    own = {slot: column[name] for slot, column in slots.items()}
-    return int(own.pop("step", state.step)), own
-
-
-def _write_options(group: Group, live: dict[str, Any], values: dict[str, dict[str, Any]]) -> None:
+def _options(live: dict[str, Any], group: Group, values: dict[str, dict[str, Any]], only_known: bool) -> dict[str, Any]:
+    """The options of a group at the step of the state."""
     names = [name for name in group.names if name in values]
-    for key in [key for key in (values[names[0]] if names else ()) if key in live]:
-        first = values[names[0]][key]
-        if not all(same(values[name][key], first) for name in names):
+    own = [unboxed(values[name]) for name in names]
+    found: dict[str, Any] = {}
+    for key in [key for key in (own[0] if own else ()) if key in live or not only_known]:
+        plain = [_plain(key, each[key], live[key]) if key in live else copied(tree_detach(each[key])) for each in own]
+        if not all(same(value, plain[0]) for value in plain):
             raise HyperparameterError(
                 f"`{key}` differs between {listed(names)}, which are one parameter group in torch; make the optimizer "
                 "with a group for each value"
             )
-        live[key] = _plain(key, first, live[key])
+        found[key] = plain[0]
+    found.pop("initial_accumulator_value", None)  # of use before the first step only, and torch has used it by then
+    return found
 
 
 def _plain(key: str, value: Any, old: Any) -> Any:
@@ -114,58 +221,3 @@ def _plain(key: str, value: Any, old: Any) -> Any:
             f"`{key}` is a tensor of shape {tuple(value.shape)}, but a parameter group of torch holds one number"
         )
     return value.detach().to(old).reshape(old.shape).clone() if isinstance(old, Tensor) else value.item()
-
-
-def _write_state(
-    optimizer: torch.optim.Optimizer,
-    p: Tensor,
-    live: dict[str, Any],
-    given: tuple[int, dict[str, Tensor]],
-    values: dict[str, Any],
-) -> None:
-    count, slots = given
-    own: dict[str, Any] = optimizer.state[p]
-    if isinstance(optimizer, torch.optim.ASGD):
-        slots["mu"] = torch.tensor(1 / max(1.0, count - float(values["t0"])), dtype=torch.float64)
-    if count == 0 and not isinstance(optimizer, torch.optim.Adagrad):
-        optimizer.state.pop(p)  # torch makes it at the first step
-        return
-    if count == 0:  # here torch makes it with the optimizer
-        initial = float(values["initial_accumulator_value"])
-        slots["sum"] = torch.full_like(p, complex(initial, initial) if p.is_complex() else initial)
-    for slot, value in slots.items():
-        old = own.get(slot)
-        if slot in ("eta", "mu", "mu_product"):
-            own[slot] = _scalar(value, old, p, slot in ("eta", "mu") or _on_device(live), live)
-        elif value.numel() or not p.numel():
-            own[slot] = _written(slot, value, old, p)
-    if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Muon)):
-        on_device = isinstance(optimizer, torch.optim.ASGD) or _on_device(live)
-        own["step"] = _scalar(torch.tensor(float(count), dtype=torch.float64), own.get("step"), p, on_device, live)
-
-
-def _on_device(live: dict[str, Any]) -> bool:
-    return bool(live.get("capturable") or live.get("fused"))
-
-
-def _written(slot: str, value: Tensor, old: Any, p: Tensor) -> Tensor:
-    if value.shape == p.shape:
-        target = old if isinstance(old, Tensor) and old.shape == value.shape else torch.empty_like(p)
-    elif (isinstance(old, Tensor) and old.shape == value.shape) or value.ndim == p.ndim:  # rows and columns of a matrix
-        target = old if isinstance(old, Tensor) else p.new_empty(value.shape)
-    else:
-        raise ShapeError(f"slot `{slot}` has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}")
-    return target.copy_(value)
-
-
-def _scalar(value: Tensor, old: Any, p: Tensor, on_device: bool, live: dict[str, Any]) -> Any:
-    if value.numel() != 1:
-        raise HyperparameterError(
-            "a hyperparameter has one value for each entry of a parameter, which the state of torch cannot hold"
-        )
-    if isinstance(old, Tensor):
-        return old.copy_(value.reshape(old.shape))
-    if old is not None:  # a plain number, as old checkpoints have it
-        return type(old)(value.item())
-    wide = torch.get_default_dtype() == torch.float64 and not live.get("fused")
-    return value.to(p.device if on_device else "cpu", torch.float64 if wide else torch.float32).reshape(()).clone()

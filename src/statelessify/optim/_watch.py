@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import traceback
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name  # pyright: ignore[reportUnknownVariableType]
 
-from .._graph import nodes
 from .._transforms import levels
 from .._tree import tree_leaves
 from ..errors import DerivativeError
@@ -31,6 +30,7 @@ _NEW: set[Any] = {
     Tensor.new_full,
     Tensor.new_tensor,
 }
+_REQUIRES_GRAD, _IS_LEAF = cast("Any", Tensor.requires_grad).__get__, cast("Any", Tensor.is_leaf).__get__
 _HERE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 
@@ -40,28 +40,28 @@ def carries(value: Any) -> bool:
 
 
 class Watch(TorchFunctionMode):
-    """Raises where a value that carries a derivative goes into one that does not."""
+    """Raises where a value that carries a derivative goes into one that does not.
 
-    def __init__(self, owner: str) -> None:
+    Substituted parameters say that they are leaves which require a gradient, as the real ones do.
+    """
+
+    def __init__(self, owner: str, params: list[Tensor], recording: bool) -> None:
         super().__init__()
-        self._owner = owner
+        self._owner, self._params, self._recording = owner, params, recording
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in (_REQUIRES_GRAD, _IS_LEAF) and any(args[0] is p for p in self._params):
+            return True
+        if not self._recording:
+            return func(*args, **kwargs)
         carried = func not in _NEW and any(map(carries, tree_leaves((args, kwargs))))
         out = func(*args, **kwargs)
         if carried and (_writes_unseen(func, kwargs) or any(map(_is_cut, tree_leaves(out)))):
             raise self.lost(resolve_name(func) or getattr(func, "__name__", str(func)))
         return out
-
-    def require_paths(self, results: list[Any], gradients: list[Tensor | None]) -> None:
-        """Raises where the results do not depend on the gradients, although these carry a derivative."""
-        wanted = {id(g.grad_fn) for g in gradients if g is not None and carries(g)}
-        carried = [result for result in results if carries(result)]
-        if wanted and not any(id(node) in wanted for node in nodes(carried)):
-            raise self.lost("an operation that torch does not show")
 
     def lost(self, operation: str) -> DerivativeError:
         return DerivativeError(
