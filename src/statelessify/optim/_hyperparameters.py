@@ -251,33 +251,37 @@ def by_parameter(specs: dict[str, Any], names: Callable[[], list[str]], count: i
         raise HyperparameterError(
             "`optim.per_task` has a meaning for many tasks only; use `adapt_tasks`, or pass one value"
         )
-    dicts = _dicts(specs)
-    if not dicts:
+    if not any(has(spec, _is_dict) for spec in specs.values()):
         return [specs] * count
-    owners = [one_key_each(name, spec, names()) for name, spec in dicts]
-    done: dict[tuple[str, ...], dict[str, Any]] = {}
+    owners = {name: _owners(name, spec, names()) for name, spec in specs.items()}
+    done: dict[str, dict[str, Any]] = {}
     found: list[dict[str, Any]] = []
     for parameter in names():
-        keys = tuple(owner[parameter] for owner in owners)
+        keys = str([_keys(owner, parameter) for owner in owners.values()])
         if keys not in done:
-            of = {id(spec): key for (_, spec), key in zip(dicts, keys, strict=True)}
-            done[keys] = {name: _for_parameter(spec, of) for name, spec in specs.items()}
+            done[keys] = {name: _pick(spec, owners[name], parameter) for name, spec in specs.items()}
         found.append(done[keys])
     return found
 
 
-def _dicts(specs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (name, cast("dict[str, Any]", each))
-        for name, spec in specs.items()
-        for each in (cast("tuple[Any, ...]", spec) if isinstance(spec, tuple) else (spec,))
-        if isinstance(each, dict)
-    ]
+def _is_dict(spec: Any) -> bool:
+    return isinstance(spec, dict)
 
 
-def _for_parameter(spec: Any, keys: dict[int, str]) -> Any:
-    if isinstance(spec, dict):
-        return cast("dict[str, Any]", spec)[keys[id(cast("Any", spec))]]
+def _owners(name: str, spec: Any, names: Sequence[str]) -> Any:
+    """For each dict in a specification, the key that stands for each parameter."""
     if isinstance(spec, tuple):
-        return tuple(_for_parameter(value, keys) for value in cast("tuple[Any, ...]", spec))
-    return spec
+        return tuple(_owners(name, value, names) for value in cast("tuple[Any, ...]", spec))
+    return one_key_each(name, cast("dict[str, Any]", spec), names) if isinstance(spec, dict) else None
+
+
+def _keys(owners: Any, parameter: str) -> Any:
+    if isinstance(owners, tuple):
+        return [_keys(each, parameter) for each in cast("tuple[Any, ...]", owners)]
+    return None if owners is None else owners[parameter]
+
+
+def _pick(spec: Any, owners: Any, parameter: str) -> Any:
+    if isinstance(owners, tuple):
+        return tuple(_pick(*pair, parameter) for pair in zip(spec, cast("tuple[Any, ...]", owners), strict=True))
+    return spec if owners is None else spec[owners[parameter]]

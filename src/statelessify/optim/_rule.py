@@ -145,10 +145,11 @@ class Rule:
         gradients = gradients_of(names, leaves, shapes, spec, grads)
         slots = self._columns(names, shapes, spec, state)
         values = self._values(names, shapes, state)
-        # Leaves with one key are updated by the same arithmetic; with the same first half, by the same numbers.
-        shared = zip(
-            map(id, values), *(map(id, column) for slot, column in slots.items() if slot not in self.slots), strict=True
-        )
+        # Leaves with one key are updated by the same arithmetic; with the same first part, by the same numbers.
+        scalars = [column for slot, column in slots.items() if slot not in self.slots]
+        shared: Iterable[Any] = zip(*(map(id, column) for column in (values, *scalars)), strict=True)
+        if torch.compiler.is_compiling():  # a graph with the number of an object in it would serve that object only
+            shared = range(len(leaves))
         alike = [(leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
         groups: dict[Any, list[int]] = {}
         for index, key in enumerate(zip(shared, alike, shapes, [g.requires_grad for g in gradients], strict=True)):
