@@ -94,10 +94,15 @@ def _one_number(name: str, value: Any) -> Any:
 
 
 def _clip_by_global_norm(grads: Tree, max_norm: Any) -> Tree:
-    norm = _global_norm(grads)
-    above = norm > max_norm
-    factor = torch.where(above, like(max_norm, norm) / torch.where(above, norm, 1.0), 1.0)
-    return tree_map(partial(_times, factor), grads)
+    norm, scale = _global_norm(grads)
+    limit = like(max_norm, norm)
+    above = norm * scale > limit
+    factor = torch.where(above, limit / torch.where(above, norm, 1.0), 1.0)
+
+    def clip(g: Tensor) -> Tensor:
+        return torch.where(above.to(g.device), _times(g, scale, factor), g)
+
+    return tree_map(clip, grads)
 
 
 def _clip_by_value(grads: Tree, limit: Any) -> Tree:
@@ -111,23 +116,33 @@ def _clip_by_value(grads: Tree, limit: Any) -> Tree:
 
 
 def _normalize(grads: Tree, eps: Any) -> Tree:
-    norm = _global_norm(grads)
-    factor = 1 / (norm + like(eps, norm))
-    return tree_map(partial(_times, factor), grads)
+    norm, scale = _global_norm(grads)
+    factor = 1 / (norm + like(eps, norm) / scale)
+
+    def divide(g: Tensor) -> Tensor:
+        return _times(g, scale, factor)
+
+    return tree_map(divide, grads)
 
 
-def _times(factor: Tensor, g: Tensor) -> Tensor:
-    return g * factor.to(g.device, g.real.dtype if g.is_complex() else g.dtype)
+def _times(g: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    """``g / scale * factor``."""
+    dtype = torch.promote_types(g.real.dtype if g.is_complex() else g.dtype, torch.float32)
+    wide = g.to(torch.promote_types(g.dtype, dtype))
+    return (wide / scale.to(g.device, dtype) * factor.to(g.device, dtype)).to(g.dtype)
 
 
-def _global_norm(grads: Tree) -> Tensor:
-    """The norm over all leaves, 0-dim, at least in float32; no square overflows or vanishes on the way."""
+def _global_norm(grads: Tree) -> tuple[Tensor, Tensor]:
+    """The norm over all leaves in units of a scale, both 0-dim and at least in float32, and the scale, a constant.
+
+    No square overflows or vanishes, and no derivative depends on the scale.
+    """
     parts = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in tree_leaves(grads)]
     parts = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in parts if g.numel()]
     if not parts:
-        return torch.zeros(())
+        return torch.zeros(()), torch.ones(())
     device = parts[0].device
     largest = torch.stack([g.detach().abs().amax().to(device) for g in parts]).amax()
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # the norm does not depend on it
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     squares = [(g / scale.to(g.device, g.dtype)).square().sum().to(device) for g in parts]
-    return root(torch.stack(squares).sum()) * scale
+    return root(torch.stack(squares).sum()), scale

@@ -10,15 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptimizerError
+from ..errors import HyperparameterError, OptimizerError
 from ._adadelta import adadelta
 from ._adafactor import adafactor
 from ._adagrad import adagrad
 from ._adam import adam, adamw
 from ._adamax import adamax
 from ._asgd import asgd
-from ._foreign import foreign, plain
+from ._foreign import foreign, is_not_plain, plain
 from ._held import Group, Held, groups_of, trainable
+from ._hyperparameters import has
 from ._muon import muon
 from ._nadam import nadam
 from ._optimizer import Optimizer, OptState
@@ -110,7 +111,9 @@ def from_torch(
         groups = [group._replace(options=_with_start(group, states)) for group in groups]
     specs = {name: spec for name, spec in _joined(groups, shapes).items() if name in known}
     rule = cast("Rule", cast("Any", make(**{**specs, **options}).init).__self__)
-    return Held(shapes, _Warm(rule, states).init, rule.step).optimizer(rule.elementwise)
+    return Held(shapes, _Warm(rule, states).init, rule.step).optimizer(
+        rule.elementwise and not rule.scalars and len({count for count, _ in states.values()}) == 1
+    )
 
 
 def rule_of(cls: type[torch.optim.Optimizer]) -> Callable[..., Optimizer] | None:
@@ -128,9 +131,14 @@ def rule_of(cls: type[torch.optim.Optimizer]) -> Callable[..., Optimizer] | None
 def _options_of(cls: type[torch.optim.Optimizer], make: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """The options of a subclass, whose constructor may have defaults of its own."""
     example = cls([torch.zeros(1, 1)], **{name: plain(spec) for name, spec in options.items()}).param_groups[0]
-    return {
-        name: options.get(name, value) for name, value in example.items() if name in inspect.signature(make).parameters
-    }
+    known = inspect.signature(make).parameters
+    for name, spec in options.items():
+        if name not in known and has(spec, is_not_plain):
+            raise HyperparameterError(
+                f"{cls.__name__} makes something else of `{name}`, where a tensor, a dict or a schedule would not be "
+                "seen; pass one plain number"
+            )
+    return {name: options.get(name, value) for name, value in example.items() if name in known}
 
 
 # From torch --------------------------------------------------------------------------------------------------------

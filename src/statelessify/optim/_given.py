@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ def gradients_of(
 ) -> list[Tensor]:
     """The gradient of each leaf; zero where there is none."""
     try:
-        found = flatten_up_to(spec, grads)
+        found = list(grads.values()) if spec is None else flatten_up_to(spec, grads)  # None: a flat dict like `params`
     except ValueError:
         raise TreeError(
-            f"`params` and `grads` have different structures: {first_difference(spec, tree_flatten(grads)[1])}"
+            "`params` and `grads` have different structures: "
+            f"{first_difference(cast('Any', spec), tree_flatten(grads)[1])}"
         ) from None
     for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
         if gradient is None:
@@ -67,21 +68,32 @@ def gradients_of(
     return found
 
 
-def require_state(state: Any, rule: str, slots: Iterable[str], hyperparameters: Iterable[str]) -> None:
-    """Refuse the state of another rule, or of the same with other options."""
+def require_state(state: Any, rule: str) -> None:
+    """Refuse what is no state, or that of another rule."""
     if not isinstance(state, OptState):
         raise TreeError(f"the state is {type(state).__name__}, not an `OptState`; pass what `init(params)` gives")
     owner = getattr(state.hyperparameters, "rule", "") or rule
+    if owner != rule:
+        raise _other(state, owner, rule, ())
+
+
+def require_options(state: OptState, rule: str, slots: Iterable[str], hyperparameters: Iterable[str]) -> None:
+    """Refuse the state of a rule with other options."""
+    owner = getattr(state.hyperparameters, "rule", "") or rule
     if owner != rule or state.slots.keys() - {"step"} != set(slots):
-        raise TreeError(
-            f"the state is one of `{owner}` with the slots {listed(state.slots)}, but this optimizer is `{rule}` with "
-            f"{listed(slots)}; pass the state of an optimizer of the same kind and options"
-        )
+        raise _other(state, owner, rule, slots)
     if state.hyperparameters.keys() != set(hyperparameters):
         raise TreeError(
             f"the state has the hyperparameters {listed(state.hyperparameters)}, but `{rule}` has "
             f"{listed(hyperparameters)}; replace values in `state.hyperparameters`, not names"
         )
+
+
+def _other(state: OptState, owner: str, rule: str, slots: Iterable[str]) -> TreeError:
+    return TreeError(
+        f"the state is one of `{owner}` with the slots {listed(state.slots)}, but this optimizer is `{rule}` with "
+        f"{listed(slots)}; pass the state of an optimizer of the same kind and options"
+    )
 
 
 def leaves_of(names: Names, spec: Any, slot: str, tree: Tree, wanted: list[torch.Size] | None) -> list[Tensor]:

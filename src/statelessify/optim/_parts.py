@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -74,13 +74,14 @@ def taken_apart(optimizer: torch.optim.Optimizer, named: dict[int, str]) -> Part
         for key, value in vars(optimizer).items()
         if key not in _COMMON and not key.startswith("_optimizer_") and not hasattr(value, "_wrapped_by_lr_sched")
     }
+    ids = {*named, id(optimizer)}
     for key, value in rest.items():
-        if isinstance(value, torch.optim.Optimizer):
+        if _leads_to(value, lambda each: isinstance(each, torch.optim.Optimizer) and each is not optimizer):
             raise OptimizerError(
                 f"{type(optimizer).__name__} wraps another optimizer (`{key}`), whose parameters are not substituted; "
                 "make a pure one of the inner optimizer, and an `optim.Optimizer` around it"
             )
-        if _leads_back(value, {*named, id(optimizer)}):
+        if _leads_to(value, lambda each: id(each) in ids or (type(each) is int and each in ids)):
             raise OptimizerError(
                 f"{type(optimizer).__name__} leads to itself or to its parameters through its attribute `{key}`, which "
                 "a copy would share with it; use a rule of `statelessify.optim`"
@@ -98,18 +99,23 @@ def taken_apart(optimizer: torch.optim.Optimizer, named: dict[int, str]) -> Part
     return Parts(groups, states, rest)
 
 
-def _leads_back(value: Any, ids: set[int]) -> bool:
-    """Whether a container, a bound method or a closure holds one of these objects, or the number of one."""
-    if id(value) in ids or (type(value) is int and value in ids):
+def _leads_to(value: Any, is_it: Callable[[Any], bool], depth: int = 4) -> bool:
+    """Whether this is such an object, or a container, a bound method, a closure or an object that holds one."""
+    if is_it(value):
         return True
+    if depth == 0 or isinstance(value, (Tensor, type)):
+        return False
+    inside: list[Any] = []
     if isinstance(value, Mapping):
-        return any(_leads_back(each, ids) for pair in cast("Any", value).items() for each in pair)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(_leads_back(each, ids) for each in cast("Any", value))
-    if callable(value):
+        inside = [each for pair in cast("Mapping[Any, Any]", value).items() for each in pair]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inside = list(cast("Iterable[Any]", value))
+    elif callable(value):
         cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        return any(id(each) in ids for each in (getattr(value, "__self__", None), *cells))
-    return False
+        inside = [getattr(value, "__self__", None), *cells]
+    elif hasattr(value, "__dict__"):
+        inside = [*vars(value).values()]  # pyright: ignore[reportUnknownArgumentType]
+    return any(_leads_to(each, is_it, depth - 1) for each in inside)
 
 
 def columns_of(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

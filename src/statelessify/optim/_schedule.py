@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .._transforms import transforming
+from .._transforms import unwrapped
 from ..errors import HyperparameterError
+from ._hyperparameters import Range
 
 __all__ = ["schedule"]
 
+_PLATEAU = "`ReduceLROnPlateau` follows a metric, not the step; call `adapt` a few steps at a time, and choose `lr`"
 _BASES = (1.0, 2.0, 3.0)  # learning rates at which a schedule is tried, to see that it is linear in them
 
 
@@ -44,15 +46,20 @@ def schedule(
         [0.1, 0.1, 0.01, 0.01]
     """
     if isinstance(scheduler, ReduceLROnPlateau) or scheduler is ReduceLROnPlateau:
-        raise HyperparameterError(
-            "`ReduceLROnPlateau` follows a metric, not the step; call `adapt` a few steps at a time, and choose `lr`"
-        )
+        raise HyperparameterError(_PLATEAU)
     if isinstance(scheduler, LRScheduler):
         if lr is not None or options:
             raise HyperparameterError("a live scheduler has its learning rate and options; pass the scheduler alone")
+        groups = cast("Any", scheduler.optimizer).param_groups
+        if not 0 <= group < len(groups):
+            raise HyperparameterError(f"`group={group}`: the optimizer has {len(groups)} parameter groups, from 0")
         return _Live(_Run(_copied(scheduler), group))
+    if not callable(scheduler):
+        raise HyperparameterError(f"`{scheduler!r}` is not a scheduler; write a class of `torch.optim.lr_scheduler`")
     if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
         raise HyperparameterError(f"`lr={lr!r}`: write the learning rate that the schedule starts from")
+    if not isinstance(lr, Tensor):
+        Range().check("lr", lr)
     return _Schedule(scheduler, lr, options)
 
 
@@ -89,7 +96,7 @@ class _Schedule:
 
     def __init__(self, make: Callable[..., Any], lr: float | Tensor, options: dict[str, Any]) -> None:
         self._make, self._lr, self._options = make, lr, options
-        self._seen: tuple[float, _Run] | None = None  # the tensor's value, and what the scheduler makes of it
+        self._seen: dict[float, _Run] = {}  # what the scheduler makes of values that the tensor had
         if isinstance(lr, Tensor):
             self._runs = [self._run_from(base) for base in _BASES]
         else:
@@ -99,7 +106,11 @@ class _Schedule:
         return f"schedule({getattr(self._make, '__name__', self._make)}, lr={self._lr!r})"
 
     def _run_from(self, lr: float) -> _Run:
-        scheduler = self._make(torch.optim.SGD([torch.zeros(())], lr=lr, momentum=0.9), **self._options)
+        optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0, momentum=0.9)
+        optimizer.param_groups[0]["lr"] = lr  # which may have been learned below zero
+        scheduler = self._make(optimizer, **self._options)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise HyperparameterError(_PLATEAU)
         if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
             raise HyperparameterError(
                 f"`{getattr(self._make, '__name__', self._make)}` made {type(scheduler).__name__}, not a scheduler"
@@ -113,12 +124,12 @@ class _Schedule:
         first, second, third = (run[at] for run in self._runs)
         slope, offset = second - first, 2 * first - second
         linear = abs(offset + 3 * slope - third) <= 1e-9 * (1 + abs(third))
-        if linear and self._lr.ndim == 0 and not transforming():
-            value = self._lr.item()
-            if self._seen is None or self._seen[0] != value:
-                self._seen = value, self._run_from(value)
-            true = self._seen[1][at]
-            linear = abs(offset + value * slope - true) <= 1e-9 * (1 + abs(true))
+        values = cast("list[float]", unwrapped(self._lr).detach().flatten().tolist()) if linear else []
+        for value in values:
+            if value not in self._seen:
+                self._seen[value] = self._run_from(value)
+            true = self._seen[value][at]
+            linear = linear and abs(offset + value * slope - true) <= 1e-9 * (1 + abs(true))
         if not linear:
             raise HyperparameterError(
                 f"{self!r} is not linear in its learning rate, so that no gradient can reach it; pass a number, or "

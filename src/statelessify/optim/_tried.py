@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._transforms import unwrapped
 from .._tree import tree_flatten, tree_map, tree_unflatten
-from ..errors import DerivativeError
+from ..errors import DerivativeError, StatelessifyError
 from ._optimizer import OptState
 
 __all__: list[str] = []
@@ -19,12 +19,13 @@ __all__: list[str] = []
 _STEPS, _NUDGE = 3, 1e-6
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-8
 
+Init = Callable[[dict[str, Tensor], dict[str, Any]], OptState]
+"""``init(params, hyperparameters)``: a new optimizer, made with these numbers."""
+
 Run = Callable[[dict[str, Tensor], dict[str, Any], OptState], tuple[dict[str, Tensor], OptState]]
 
 
-def require_derivatives(
-    owner: str, run: Run, init: Callable[[dict[str, Tensor]], OptState], params: dict[str, Tensor], given: Any
-) -> None:
+def require_derivatives(owner: str, run: Run, init: Init, params: dict[str, Tensor], given: dict[str, Any]) -> None:
     """Refuse a step whose recorded derivatives are not those of its values.
 
     Three steps are run on random numbers in float64, of the shapes of `params`; `given` are the hyperparameters that
@@ -37,7 +38,14 @@ def require_derivatives(
     like = {name: (leaf.shape, leaf.is_complex(), leaf.device) for name, leaf in params.items()}
     given = tree_map(_plain, given)
     with ThreadPoolExecutor(1) as outside, torch.random.fork_rng(devices=[]):  # of transforms, modes and no_grad
-        complaint = outside.submit(_complaint, run, init, like, given).result()
+        try:
+            complaint = outside.submit(_complaint, run, init, like, given).result()
+        except StatelessifyError:
+            raise
+        except Exception as error:
+            raise DerivativeError(
+                f"the derivative of a step of {owner} could not be tried on random numbers in float64: {error}"
+            ) from error
     if complaint:
         raise DerivativeError(
             f"the step of {owner} loses a derivative by {complaint}; for values alone call it under "
@@ -46,19 +54,18 @@ def require_derivatives(
         )
 
 
-def _complaint(run: Run, init: Callable[[dict[str, Tensor]], OptState], like: dict[str, Any], given: Any) -> str:
+def _complaint(run: Run, init: Init, like: dict[str, Any], given: dict[str, Any]) -> str:
     torch.manual_seed(0)
     start, weights, *gradients = ([_random(*each) for each in like.values()] for _ in range(2 + _STEPS))
     leaves, spec = tree_flatten(given)
     numbers = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    with torch.no_grad():
-        state = tree_map(_wide, init(dict(zip(like, start, strict=True))))
 
     def value(inputs: list[list[Tensor]]) -> Tensor:
         torch.manual_seed(1)  # the same noise each time
         replaced = iter(inputs[-1])
-        filled = [next(replaced) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        known = state._replace(hyperparameters={**state.hyperparameters, **tree_unflatten(spec, filled)})
+        filled = tree_unflatten(spec, [next(replaced) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        known = tree_map(_wide, init(dict(zip(like, inputs[0], strict=True)), filled))
+        known = known._replace(hyperparameters={**known.hyperparameters, **filled})
         moved = dict(zip(like, inputs[0], strict=True))
         for grads in inputs[1:-1]:
             moved, known = run(moved, dict(zip(like, grads, strict=True)), known)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name  # pyright: ignore[reportUnknownVariableType]
 
-from .._transforms import levels
+from .._transforms import levels, mapping, transforming
 from .._tree import tree_leaves
 from ..errors import DerivativeError
 
@@ -29,7 +29,10 @@ _NEW: set[Any] = {
     Tensor.new_empty,
     Tensor.new_full,
     Tensor.new_tensor,
+    cast("Any", Tensor.grad).__get__,
 }
+# Of their second argument they take the shape or dtype.
+_OF_THE_FIRST: set[Any] = {Tensor.view_as, Tensor.expand_as, Tensor.reshape_as, Tensor.type_as}
 _REQUIRES_GRAD, _IS_LEAF = cast("Any", Tensor.requires_grad).__get__, cast("Any", Tensor.is_leaf).__get__
 _HERE = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
@@ -57,7 +60,12 @@ class Watch(TorchFunctionMode):
             return True
         if not self._recording:
             return func(*args, **kwargs)
-        carried = func not in _NEW and any(map(carries, tree_leaves((args, kwargs))))
+        read = args[:1] if func in _OF_THE_FIRST else (args, kwargs)
+        carried = func not in _NEW and any(map(carries, tree_leaves(read)))
+        if carried and transforming() and _is_in_place(func, kwargs):
+            words = "writes in place, which torch.func does not follow through foreign code; use a plain backward"
+            # What tasks are mapped with falls back to a loop over them.
+            raise (RuntimeError if mapping() else DerivativeError)(f"the step of {self._owner} {words}")
         out = func(*args, **kwargs)
         if carried and (_writes_unseen(func, kwargs) or any(map(_is_cut, tree_leaves(out)))):
             raise self.lost(resolve_name(func) or getattr(func, "__name__", str(func)))
@@ -75,8 +83,13 @@ def _writes_unseen(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__set__":  # `p.data = ...`; `p.grad = ...` is no computation
         return getattr(func, "__self__", None) is Tensor.data
+    return _is_in_place(func, kwargs) and not torch.is_grad_enabled()
+
+
+def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "copy_") or "out" in kwargs
-    return (in_place or name.startswith("__i")) and not torch.is_grad_enabled()
+    return in_place or name.startswith("__i")
 
 
 def _is_cut(value: Any) -> bool:
