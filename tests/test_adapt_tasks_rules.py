@@ -86,11 +86,11 @@ def test_complex_tasks(rule: str, tasks: int) -> None:
     if rule in REAL:
         return
     targets = torch.randn(tasks, dtype=torch.complex128)
-    for names in (FEW, ("body.w", "head.w"), ("head.w",)):
+    for names, backends in {FEW: BACKENDS[:1], ("body.w", "head.w"): BACKENDS[:1], ("head.w",): BACKENDS[:2]}.items():
         params = {name: torch.randn(shapes_of(rule)[name], dtype=torch.complex128) for name in names}
         options: Any = {"optimizer": make(rule), "steps": 3}
         expected = one_by_one(fit, params, targets, **options)
-        for choices in BACKENDS:
+        for choices in backends:
             assert_close(adapt_tasks(fit, params, targets, **options, **choices), expected, 1e-12)
 
 
@@ -101,7 +101,7 @@ def test_tasks_of_numbers_only(rule: str) -> None:
     params, targets = {"a": torch.randn(()), "b": torch.randn(())}, torch.randn(TASKS)
     options: Any = {"optimizer": make(rule), "steps": 3}
     expected = one_by_one(fit, params, targets, **options)
-    for choices in BACKENDS:
+    for choices in BACKENDS[:2]:
         assert_close(adapt_tasks(fit, params, targets, **options, **choices), expected, 1e-12)
 
 
@@ -157,14 +157,8 @@ def test_one_value_per_task(rule: str, name: str) -> None:
         options = [{"optimizer": make(rule, **{name: of_task(spec, task)}), "steps": 2} for task in range(TASKS)]
         each = [adapt(fit, params, target, **own) for target, own in zip(targets, options, strict=True)]
         expected = tree_stack([tuple(own)[::2] for own in each])  # the forms in the states differ
-        found = adapt_tasks(
-            fit,
-            params,
-            targets,
-            optimizer=make(rule, **{name: spec}),
-            steps=2,
-            backend=["vmap", "loop"][index % 2],
-        )
+        backend: Any = ["vmap", "loop"][index % 2]
+        found = adapt_tasks(fit, params, targets, optimizer=make(rule, **{name: spec}), steps=2, backend=backend)
         assert_same(tuple(found)[::2], expected, (params, learned))
 
 

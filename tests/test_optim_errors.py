@@ -12,7 +12,14 @@ from optimizers import EACH_NUMBER, EACH_RULE, EACH_SWITCH, SWITCHES, VALUES, WH
 from torch import Tensor
 
 from statelessify import adapt, adapt_tasks, optim
-from statelessify.errors import HyperparameterError, HyperparameterNameError, NamesError, TaskError, TreeError
+from statelessify.errors import (
+    HyperparameterError,
+    HyperparameterNameError,
+    NamesError,
+    ShapeError,
+    TaskError,
+    TreeError,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 THEIRS = {name.lower(): cls for name, cls in vars(torch.optim).items() if isinstance(cls, type)}
@@ -99,7 +106,7 @@ def test_the_wrong_number_of_numbers(rule: str, name: str) -> None:
     wrong: list[Any] = [(), (0.5, 0.5), None]
     if isinstance(usual, tuple):
         wrong = [(), usual[:1], (*usual, 0.5), 0.5, None, torch.tensor(0.5), torch.tensor(usual), list(usual)]
-        wrong += [(usual, *usual[1:]), {"*": 0.5}, {"*": usual[:1]}]
+        wrong += [(usual, *usual[1:]), {"*": 0.5}, {"*": usual[:1]}, {"*": ({"*": usual[0]}, *usual[1:])}]
     for value in wrong:
         with pytest.raises(HyperparameterError, match=f"`{name}"):
             make(rule, **{name: value})
@@ -214,13 +221,25 @@ BAD_REPLACEMENTS: dict[str, tuple[Any, Any]] = {
 
 @EACH_RULE
 @pytest.mark.parametrize("bad", BAD_REPLACEMENTS)
-def test_a_bad_value_put_into_the_state(rule: str, bad: str) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["another dict", "in place"])
+def test_a_bad_value_put_into_the_state(rule: str, bad: str, in_place: bool) -> None:
     error, value = BAD_REPLACEMENTS[bad]
     params, grads = tensors_of(rule), tensors_of(rule)
     now, state = run(make(rule), params, [grads])
-    state = state._replace(hyperparameters={**state.hyperparameters, "lr": value})
+    if in_place:
+        state.hyperparameters["lr"] = value
+    else:
+        state = state._replace(hyperparameters={**state.hyperparameters, "lr": value})
     with refused(error, "lr", now, grads, state):
         make(rule).step(now, grads, state)
+
+
+def test_a_shaped_value_of_other_parameters() -> None:
+    """Without slots, nothing else in the state has a shape."""
+    optimizer = optim.sgd(lr={"w": torch.ones(3)})
+    state, params = optimizer.init({"w": torch.zeros(3)}), {"w": torch.zeros(())}
+    with refused((HyperparameterError, ShapeError), "`w`", params, state):
+        optimizer.step(params, params, state)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "rmsprop"])

@@ -71,7 +71,7 @@ class Snapshot:
 @pytest.mark.parametrize("requires_grad", [False, True])
 @EACH_RULE
 def test_nothing_that_is_passed_in_changes(rule: str, requires_grad: bool) -> None:
-    optimizer, numbers = learned(rule)
+    optimizer, numbers = learned(rule) if requires_grad else (make(rule, plain(rule)), [])
     params = tensors(requires_grad=requires_grad)
     gradients = [tensors(requires_grad=requires_grad) for _ in range(3)]
     snapshots = [Snapshot(each) for each in (params, gradients, numbers)]

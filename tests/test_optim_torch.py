@@ -231,3 +231,13 @@ def test_lion_is_that_of_pytorch_optimizer(config: Values, seed: int, dtype: tor
     found, state = run(optim.lion(**config), params, gradients)
     assert_close(list(found.values()), leaves, 1e-12)
     assert_close(list(state.slots["exp_avg"].values()), [known[leaf]["exp_avg"] for leaf in leaves], 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "nadam", "radam", "adagrad", "rmsprop"])
+def test_tiny_gradients_over_a_tinier_eps(rule: str) -> None:
+    config = {"eps": 1e-30} | ({"betas": (0.9, 0.9)} if rule == "radam" else {})
+    exponents = torch.arange(-22.0, -8.0, dtype=torch.float32)
+    params, gradients = {"p": torch.ones_like(exponents)}, [{"p": 10**exponents}] * STEPS
+    expected, _ = run_theirs(lambda leaves: THEIRS[rule](leaves, **config), params, gradients)
+    found, _ = run(getattr(optim, rule)(**config), params, gradients)
+    assert_close(found["p"], expected[0], 1e-3)

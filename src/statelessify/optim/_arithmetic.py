@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._transforms import transforming
@@ -137,4 +136,4 @@ def root(x: Tensor) -> Tensor:
     info = torch.finfo(x.dtype)
     # Below it the second derivative overflows; in float16 the smallest normal number is too large to be dropped.
     floor = info.tiny if info.tiny < 1e-30 else info.smallest_normal * info.eps
-    return F.threshold(x.clamp(min=floor).sqrt(), floor**0.5, 0.0)
+    return torch.where(x > floor, x.clamp(min=floor).sqrt(), x.detach().clamp(min=0.0).sqrt())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils import _pytree as pytree
 
 from .._tree import register_mapping, same_static
@@ -22,7 +23,7 @@ class Hyperparameters(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], rule: str = "") -> None:
         super().__init__(values)
         self.rule = rule
-        self.checked = False  # whether the rule has seen that they are what it can use
+        self.seen: tuple[Any, ...] | None = None  # the values and shapes of which the rule knows that it can use them
         self.layout: _Layout | None = None
 
 
@@ -68,10 +69,23 @@ def _joined(leaves: Iterable[Any], layout: _Layout) -> Hyperparameters:
     return found
 
 
-def checked(values: dict[str, Any], rule: str) -> Hyperparameters:
+def is_checked(values: dict[str, Any], shapes: list[torch.Size]) -> bool:
+    """Whether a rule has checked these very values for parameters of these shapes."""
+    if not isinstance(values, Hyperparameters) or values.seen is None:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    known, *before = values.seen
+    same = len(before) == len(values) and all(a is b for a, b in zip(before, values.values(), strict=True))
+    return same and known == shapes
+
+
+def checked(values: dict[str, Any], rule: str, shapes: list[torch.Size]) -> Hyperparameters:
     """The hyperparameters of a rule, after it has checked them; their user may have put a plain dict in their place."""
-    found = values if isinstance(values, Hyperparameters) and values.checked else Hyperparameters(values, rule)
-    found.checked = True
+    if isinstance(values, Hyperparameters) and is_checked(values, shapes):
+        return values
+    found = Hyperparameters(values, rule)
+    found.seen = shapes, *found.values()
     return found
 
 

@@ -133,12 +133,14 @@ def _options_of(cls: type[torch.optim.Optimizer], make: Callable[..., Any], opti
     example = cls([torch.zeros(1, 1)], **{name: plain(spec) for name, spec in options.items()}).param_groups[0]
     known = inspect.signature(make).parameters
     for name, spec in options.items():
-        if name not in known and has(spec, is_not_plain):
+        changed = name in example and not same(example[name], plain(spec))
+        if (changed or name not in known) and has(spec, is_not_plain):
             raise HyperparameterError(
                 f"{cls.__name__} makes something else of `{name}`, where a tensor, a dict or a schedule would not be "
                 "seen; pass one plain number"
             )
-    return {name: options.get(name, value) for name, value in example.items() if name in known}
+    special = {name: spec for name, spec in options.items() if has(spec, is_not_plain)}
+    return {name: special.get(name, value) for name, value in example.items() if name in known}
 
 
 # From torch --------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def check_ranges(name: str, spec: Any, ranges: Ranges) -> None:
             check_ranges(name, spec.tree, ranges)
     elif isinstance(spec, dict):
         for key, value in cast("dict[str, Any]", spec).items():
-            if isinstance(value, dict):
+            if has(value, _is_dict):
                 raise HyperparameterError(f"`{name}[{key!r}]` is a dict in a dict; write one, of names or globs")
             check_ranges(f"{name}[{key!r}]", value, ranges)
     elif not isinstance(ranges, Range):

@@ -19,7 +19,7 @@ from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._container import checked
+from ._container import checked, is_checked
 from ._given import Names, gradients_of, leaves_of, require_options, require_state, shapes_of
 from ._hyperparameters import (
     Range,
@@ -135,7 +135,7 @@ class Rule:
             columns[slot] = [torch.zeros((), dtype=torch.float64)] * len(leaves)
         return OptState(
             step=torch.zeros((), dtype=torch.int64),  # on the CPU, where it can be read without waiting
-            hyperparameters=checked(self.hyperparameters, self.name),
+            hyperparameters=checked(self.hyperparameters, self.name, shapes),
             slots={slot: tree_unflatten(spec, column) for slot, column in columns.items()},
         )
 
@@ -175,7 +175,7 @@ class Rule:
             work.put_scalars(members, coefficients.scalars)
         return tree_unflatten(spec, work.leaves), OptState(
             step=state.step + 1,
-            hyperparameters=checked(state.hyperparameters, self.name),
+            hyperparameters=checked(state.hyperparameters, self.name, shapes),
             slots={slot: tree_unflatten(spec, column) for slot, column in work.new_slots.items()},
         )
 
@@ -204,7 +204,7 @@ class Rule:
     def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
         """The hyperparameters and switches of each leaf at this step."""
         specs: dict[str, Any] = dict(state.hyperparameters)
-        if not getattr(state.hyperparameters, "checked", False):
+        if not is_checked(state.hyperparameters, shapes):
             self._check(specs, names(), shapes)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
         if now:

@@ -28,7 +28,6 @@ _NEW: set[Any] = {
     Tensor.new_ones,
     Tensor.new_empty,
     Tensor.new_full,
-    Tensor.new_tensor,
     cast("Any", Tensor.grad).__get__,
 }
 # Of their second argument they take the shape or dtype.
