@@ -67,4 +67,4 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     p, g = with_decay(p, g, c)
     total = slots["sum"] if is_zero(c["initial"]) else slots["sum"] + like(c["initial"], p)
     total = addcmul(total, g, g, 1)
-    return addcdiv(p, g, root(total) + like(c["eps"], p), c["rate"]), {"sum": total}
+    return addcdiv(p, g, root(total, c["eps"]) + like(c["eps"], p), c["rate"]), {"sum": total}

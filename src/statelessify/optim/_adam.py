@@ -116,4 +116,4 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     slots = {**slots, "exp_avg": m, "exp_avg_sq": v}
     if c["amsgrad"]:
         slots["max_exp_avg_sq"] = v = torch.maximum(slots["max_exp_avg_sq"], v)
-    return addcdiv(p, m, root(v) / like(c["root2"], p) + like(c["eps"], p), c["step_size"]), slots
+    return addcdiv(p, m, root(v, c["eps"]) / like(c["root2"], p) + like(c["eps"], p), c["step_size"]), slots

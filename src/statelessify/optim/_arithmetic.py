@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._transforms import transforming
@@ -128,12 +129,15 @@ def norm(x: Tensor, **options: Any) -> Tensor:
     return torch.where(zero, 0.0, plain(torch.where(zero, 1.0, x), **options))
 
 
-def root(x: Tensor) -> Tensor:
+def root(x: Tensor, eps: Any = 0.0) -> Tensor:
     """``sqrt(x)`` with slope 0 at 0, so that no product with an infinite derivative becomes NaN.
 
     Exact for ``g / (sqrt(g * g) + eps)``, whose derivative at ``g = 0`` is ``1 / eps``.
+    `eps` is what is added to it: where that swallows the root of the smallest normal number, fewer operations do.
     """
     info = torch.finfo(x.dtype)
     # Below it the second derivative overflows; in float16 the smallest normal number is too large to be dropped.
     floor = info.tiny if info.tiny < 1e-30 else info.smallest_normal * info.eps
+    if isinstance(eps, (int, float)) and eps * info.eps > 4 * floor**0.5:
+        return F.threshold(x.clamp(min=floor).sqrt(), floor**0.5, 0.0)
     return torch.where(x > floor, x.clamp(min=floor).sqrt(), x.detach().clamp(min=0.0).sqrt())

@@ -84,6 +84,6 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     p, g = with_decay(p, g, c)
     m = lerp(slots["exp_avg"], g, 1 - beta1)
     v = addcmul(scaled(slots["exp_avg_sq"], beta2), g, g, 1 - beta2)
-    denominator = root(v / like(c["correction2"], p)) + like(c["eps"], p)
+    denominator = root(v / like(c["correction2"], p), c["eps"]) + like(c["eps"], p)
     p = addcdiv(addcdiv(p, g, denominator, c["on_gradient"]), m, denominator, c["on_average"])
     return p, {"exp_avg": m, "exp_avg_sq": v}

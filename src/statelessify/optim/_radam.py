@@ -84,6 +84,6 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     v = addcmul(scaled(slots["exp_avg_sq"], beta2), g, g, 1 - beta2)
     move = m / like(c["correction1"], p) * like(c["lr"], p)
     if isinstance(c["active"], Tensor) or c["active"]:
-        adaptive = like(c["root2"], p) / (root(v) + like(c["eps"], p))
+        adaptive = like(c["root2"], p) / (root(v, c["eps"]) + like(c["eps"], p))
         move = where(c["active"], move * adaptive * like(c["rectified"], p), move)
     return torch.add(p, move, alpha=-1.0), {"exp_avg": m, "exp_avg_sq": v}

@@ -71,7 +71,7 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
     if c["centered"]:
         new["grad_avg"] = average = lerp(slots["grad_avg"], g, 1 - alpha)
         spread = addcmul(spread, average, average, -1)
-    denominator = root(spread) + like(c["eps"], p)
+    denominator = root(spread, c["eps"]) + like(c["eps"], p)
     if is_zero(c["momentum"]):
         return addcdiv(p, g, denominator, -c["lr"]), new
     new["momentum_buffer"] = addcdiv(scaled(slots["momentum_buffer"], c["momentum"]), g, denominator, 1)
