@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from statelessify import optim
 
-pytest.importorskip("expecttest")
+pytest.importorskip("expecttest", reason="torch's optimizer database needs it")
 from torch.testing._internal.common_optimizers import optim_db
 
 DENSE = [info for info in optim_db if info.optim_cls in CLASSES]

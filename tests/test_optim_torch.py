@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statelessify import optim
 
-pytest.importorskip("expecttest")
+pytest.importorskip("expecttest", reason="torch's optimizer database needs it")
 from torch.testing._internal.common_optimizers import optim_db
 
 pytestmark = pytest.mark.usefixtures("float64")

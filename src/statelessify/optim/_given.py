@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +37,21 @@ def shapes_of(params: Tree, leaves: Sequence[Any]) -> list[torch.Size]:
     return [leaf.shape for leaf in leaves]
 
 
+def aligned(spec: Any, grads: Tree) -> list[Any]:
+    """What stands in `grads` where the parameters have their leaves (None too)."""
+    try:
+        return flatten_up_to(spec, grads)
+    except ValueError:
+        raise TreeError(
+            f"`params` and `grads` have different structures: {first_difference(spec, tree_flatten(grads)[1])}"
+        ) from None
+
+
 def gradients_of(
     names: Names, leaves: Sequence[Tensor], shapes: Sequence[torch.Size], spec: Any, grads: Tree
 ) -> list[Tensor]:
     """The gradient of each leaf; zero where there is none."""
-    try:
-        found = list(grads.values()) if spec is None else flatten_up_to(spec, grads)  # None: a flat dict like `params`
-    except ValueError:
-        raise TreeError(
-            "`params` and `grads` have different structures: "
-            f"{first_difference(cast('Any', spec), tree_flatten(grads)[1])}"
-        ) from None
+    found = list(grads.values()) if spec is None else aligned(spec, grads)  # None: a flat dict like `params`
     for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
         if gradient is None:
             found[index] = torch.zeros_like(leaf)
@@ -68,20 +72,20 @@ def gradients_of(
     return found
 
 
-def require_state(state: Any, rule: str) -> None:
-    """Refuse what is no state, or that of another rule."""
+def require_state(state: Any, rule: str, slots: Iterable[str] = ()) -> None:
+    """Refuse what is no state, or that of another rule; `slots` are those that this one has."""
     if not isinstance(state, OptState):
         raise TreeError(f"the state is {type(state).__name__}, not an `OptState`; pass what `init(params)` gives")
     owner = getattr(state.hyperparameters, "rule", "") or rule
     if owner != rule:
-        raise _other(state, owner, rule, ())
+        raise _other(state, owner, rule, slots)
 
 
 def require_options(state: OptState, rule: str, slots: Iterable[str], hyperparameters: Iterable[str]) -> None:
-    """Refuse the state of a rule with other options."""
-    owner = getattr(state.hyperparameters, "rule", "") or rule
-    if owner != rule or state.slots.keys() - {"step"} != set(slots):
-        raise _other(state, owner, rule, slots)
+    """Refuse what is no state of a rule with these options."""
+    require_state(state, rule, slots)
+    if state.slots.keys() - {"step"} != set(slots):
+        raise _other(state, rule, rule, slots)
     if state.hyperparameters.keys() != set(hyperparameters):
         raise TreeError(
             f"the state has the hyperparameters {listed(state.hyperparameters)}, but `{rule}` has "

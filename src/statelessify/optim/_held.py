@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._tree import first_difference, flatten_up_to, require_floating, tree_flatten, tree_names, tree_unflatten
+from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
 from .._words import listed
-from ..errors import NamesError, ShapeError, TreeError
+from ..errors import NamesError, ShapeError
 from ..typing import Tree
+from ._given import aligned
 from ._optimizer import Optimizer, OptState
 
 __all__: list[str] = []
@@ -98,12 +99,7 @@ class Held:
 
     def step(self, params: Tree, grads: Tree, state: OptState) -> tuple[Tree, OptState]:
         leaves, spec = tree_flatten(params)
-        try:
-            gradients = flatten_up_to(spec, grads)
-        except ValueError:
-            raise TreeError(
-                f"`params` and `grads` have different structures: {first_difference(spec, tree_flatten(grads)[1])}"
-            ) from None
+        gradients = aligned(spec, grads)
         names = tree_names(params)
         held = [index for index, name in enumerate(names) if self.shapes is None or name in self.shapes]
         moved, state = self.move(

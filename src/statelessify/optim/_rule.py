@@ -20,7 +20,7 @@ from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
 from ._container import checked, is_checked
-from ._given import Names, gradients_of, leaves_of, require_options, require_state, shapes_of
+from ._given import Names, gradients_of, leaves_of, require_options, shapes_of
 from ._hyperparameters import (
     Range,
     Ranges,
@@ -189,8 +189,6 @@ class Rule:
 
     def _columns(self, names: Names, shapes: list[torch.Size], spec: Any, state: OptState) -> dict[str, list[Tensor]]:
         """The leaves of each slot."""
-        if not isinstance(state, OptState):  # pyright: ignore[reportUnnecessaryIsInstance]
-            require_state(state, self.name)
         require_options(state, self.name, (*self.slots, *self.scalars), self.hyperparameters)
         wanted = dict.fromkeys(self.slots, shapes) | self._other_shapes(shapes)
         return {slot: leaves_of(names, spec, slot, tree, wanted.get(slot)) for slot, tree in state.slots.items()}
