@@ -97,7 +97,7 @@ def check_supported(module: nn.Module) -> None:
             )
 
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 def register_parameter(part: nn.Module, name: str, param: Tensor | None) -> None:
@@ -133,7 +133,7 @@ class Skeleton(nn.Module):
             for _, part in named_parts(inner)
             if not type(part).__module__.startswith("torch.nn.")
             for name, value in part.__dict__.items()
-            if name not in _MODULE_ATTRIBUTES and name not in ("forward", "register_parameter")
+            if name not in MODULE_ATTRIBUTES and name not in ("forward", "register_parameter")
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:

@@ -53,7 +53,7 @@ def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None)
         elif isinstance(item, types.FunctionType):
             memo[id(item)] = _twin_function(item)
         elif isinstance(item, weakref.ref):
-            target, function = _target(cast("weakref.ref[Any]", item))
+            target, function = target_of(cast("weakref.ref[Any]", item))
             if id(target) in memo:
                 new = memo[id(target)]
                 memo[id(cast("Any", item))] = (
@@ -86,7 +86,7 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except Exception:  # it holds something that exists once: a lock, a file, a process group
         _forget(memo, size)
-    for item in _walk(value, lambda item: id(item) not in memo):
+    for item in walk(value, lambda item: id(item) not in memo):
         if not any(True for _ in children(item)) and not _copies(item):
             memo[id(item)] = item  # shared, and it alone
     size = len(memo)
@@ -133,7 +133,7 @@ def _own_tensor(tensor: Tensor) -> Tensor:
     return tensor if tensor.requires_grad or tensor.is_meta else tensor.detach().clone()
 
 
-def _target(reference: weakref.ref[Any]) -> tuple[Any, Any]:
+def target_of(reference: weakref.ref[Any]) -> tuple[Any, Any]:
     """What a weak reference leads to; of a method, the object and the function."""
     target = reference()
     if isinstance(target, types.MethodType):
@@ -141,18 +141,18 @@ def _target(reference: weakref.ref[Any]) -> tuple[Any, Any]:
     return target, None
 
 
-def leads_back(copied: nn.Module, original: nn.Module) -> str | None:
-    """The attribute of a copy, if there is one, through which it uses the original, or a state that is not its own.
+def leads_back(copied: nn.Module, original: nn.Module, state: bool = True) -> str | None:
+    """The attribute of a copy, if there is one, through which it uses the original, or a `state` that is not its own.
 
     A dict with tensors as keys is one, because other tensors will stand in the slots; a generator cannot be copied.
     """
     own = {id(item) for item in reachable(original) if isinstance(item, nn.Module)}
     for prefix, part in named_parts(copied):
         for name, value in (*part.__dict__.items(), *slot_values(part)):
-            for item in _walk(value, lambda item: not isinstance(item, nn.Module) or id(item) in own):
-                target = _target(cast("Any", item))[0] if isinstance(item, weakref.ref) else item
+            for item in walk(value, lambda item: not isinstance(item, nn.Module) or id(item) in own):
+                target = target_of(cast("Any", item))[0] if isinstance(item, weakref.ref) else item
                 keyed = isinstance(item, dict) and any(isinstance(key, Tensor) for key in cast("Any", item))
-                if id(target) in own or keyed or isinstance(item, types.GeneratorType):
+                if id(target) in own or (state and (keyed or isinstance(item, types.GeneratorType))):
                     return f"{prefix}.{name}" if prefix else name
     return None
 
@@ -206,7 +206,7 @@ def _contents(item: Any) -> Iterator[Any]:
         yield from (item.__defaults__ or (), item.__kwdefaults__ or {}, *item.__dict__.values())
 
 
-def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
+def walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
     """Everything that `root` holds, itself first, each object once; what `enter` refuses is left out."""
     stack, seen = [root], dict[int, Any]()
     while stack:
@@ -224,7 +224,7 @@ def _walk(root: Any, enter: Callable[[Any], bool]) -> Iterator[Any]:
 
 def reachable(module: nn.Module) -> Iterator[Any]:
     """Every module, tensor, generator, weak reference and sentinel in `module`, and functions that close over one."""
-    order = list(_walk(module, lambda item: True))
+    order = list(walk(module, lambda item: True))
     kinds: Any = (nn.Module, Tensor, torch.Generator, weakref.ref)
     targets = {id(item) for item in order if isinstance(item, kinds)}
     for item in order:
@@ -237,7 +237,7 @@ def reachable(module: nn.Module) -> Iterator[Any]:
 
 
 def _closes_over(function: types.FunctionType, targets: set[int]) -> bool:
-    return any(id(item) in targets for item in _walk(function, lambda item: True))
+    return any(id(item) in targets for item in walk(function, lambda item: True))
 
 
 def _twin_function(function: types.FunctionType) -> types.FunctionType:

@@ -15,7 +15,9 @@
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
-     ├── OptimizerError (TypeError)              an optimizer of torch that has no pure form
+     ├── FastWeightsError (ValueError, RuntimeError)  the weights of a patched module, used in a way they cannot be
+     │    └── FastWeightsIndexError (also IndexError)  too few or too many of them, or a time that there is not
+     ├── OptimizerError (TypeError, ValueError)  an optimizer of torch that has no pure form
      ├── LossError (ValueError)                  a loss that is not one real number per task
      └── HyperparameterError (ValueError)        a value that no optimizer can use
           └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
@@ -30,6 +32,8 @@ __all__ = [
     "CheckpointError",
     "DerivativeError",
     "DtypeError",
+    "FastWeightsError",
+    "FastWeightsIndexError",
     "HyperparameterError",
     "HyperparameterNameError",
     "LateUseError",
@@ -101,7 +105,15 @@ class DerivativeError(StatelessifyError, RuntimeError):
     """An operation that does not have the derivative which is asked for, and would lose it without an error."""
 
 
-class OptimizerError(StatelessifyError, TypeError):
+class FastWeightsError(StatelessifyError, ValueError, RuntimeError):
+    """The weights of a patched module (`compat.higher`), missing or used in a way that they cannot be."""
+
+
+class FastWeightsIndexError(FastWeightsError, IndexError):
+    """A list of weights of the wrong length, or a time that their history does not have."""
+
+
+class OptimizerError(StatelessifyError, TypeError, ValueError):
     """An optimizer of torch that cannot be made a pure one; the message says what to use instead."""
 
 

@@ -6,7 +6,7 @@ of a step is the number of operations, not their size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -34,11 +34,9 @@ from ._hyperparameters import (
     is_schedule,
 )
 from ._optimizer import Optimizer, OptState
+from ._work import STACKED, ListedSlots, Slots, Work, by_kind, sharing
 
 __all__: list[str] = []
-
-Slots = dict[str, Tensor]
-"""What a rule remembers of one leaf, by slot."""
 
 Values = dict[str, Any]
 """The hyperparameters and switches of one leaf at one step."""
@@ -62,8 +60,8 @@ Prepare = Callable[[Values, Any, Slots], Coefficients]
 Update = Callable[[Tensor, Tensor, Slots, Any], tuple[Tensor, Slots]]
 """``update(param, grad, slots, coefficients) -> (param, slots)`` for one leaf, or several of one shape, stacked."""
 
-STACKED = 4  # as many leaves are worth the copies into one tensor and out of it
-SMALL = 2**14  # entries of a leaf; above, an operation costs more than its launch
+Lists = Callable[[list[Tensor], list[Tensor], ListedSlots, Any], tuple[list[Tensor], ListedSlots]]
+"""An `Update` of several leaves of any shapes, where all numbers are plain."""
 
 
 def _nothing() -> dict[str, Any]:
@@ -91,6 +89,7 @@ class Rule:
         elementwise: whether no entry depends on another.
         slot_shape: ``slot_shape(slot, shape)``, for slots that are not like the parameter.
         check: ``check(name, leaf)`` refuses parameters that the rule has no meaning for.
+        lists: the update of many leaves in few operations, bit for bit that of each.
     """
 
     name: str
@@ -106,6 +105,7 @@ class Rule:
     elementwise: bool = True
     slot_shape: Callable[[str, torch.Size], Sequence[int]] | None = None
     check: Callable[[str, Tensor], None] = _accept
+    lists: Lists | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges(self.hyperparameters)
@@ -145,39 +145,50 @@ class Rule:
         gradients = gradients_of(names, leaves, shapes, spec, grads)
         slots = self._columns(names, shapes, spec, state)
         values = self._values(names, shapes, state)
-        # Leaves with one key are updated by the same arithmetic; with the same first part, by the same numbers.
-        scalars = [column for slot, column in slots.items() if slot not in self.slots]
-        shared: Iterable[Any] = zip(*(map(id, column) for column in (values, *scalars)), strict=True)
-        if torch.compiler.is_compiling():  # a graph with the number of an object in it would serve that object only
-            shared = range(len(leaves))
-        alike = [(leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
-        groups: dict[Any, list[int]] = {}
-        for index, key in enumerate(zip(shared, alike, shapes, [g.requires_grad for g in gradients], strict=True)):
-            groups.setdefault(key, []).append(index)
-
-        work = _Work(leaves, gradients, slots)
-        prepared: dict[Any, Coefficients] = {}
-        for (common, (dtype, *_), *_), members in groups.items():
-            first = members[0]
-            known = common, dtype.is_complex
-            if known not in prepared:
-                count = slots["step"][first] if "step" in slots else state.step
-                now = _widened(values[first], dtype.is_complex)
-                found = self.prepare(now, _count(count), {slot: slots[slot][first] for slot in self.scalars})
-                prepared[known] = found._replace(scalars={"step": count + 1, **found.scalars})
-            coefficients = prepared[known]
-            small = len(members) >= STACKED and leaves[first].numel() <= SMALL
-            if small and self.elementwise and not torch.compiler.is_compiling():
-                work.put_stack(members, self._on_reals(*work.stack(members, self.slots), coefficients.values))
-            else:
-                for index in members:
-                    work.put(index, self._on_reals(*work.take(index, self.slots), coefficients.values))
-            work.put_scalars(members, coefficients.scalars)
-        return tree_unflatten(spec, work.leaves), OptState(
+        counts = slots.get("step", [state.step] * len(leaves))
+        leaves, slots = self.advance(leaves, gradients, slots, values, counts)
+        return tree_unflatten(spec, leaves), OptState(
             step=state.step + 1,
             hyperparameters=checked(state.hyperparameters, self.name, shapes),
-            slots={slot: tree_unflatten(spec, column) for slot, column in work.new_slots.items()},
+            slots={slot: tree_unflatten(spec, column) for slot, column in slots.items()},
         )
+
+    def advance(
+        self,
+        leaves: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Any]],
+        values: list[Values],
+        counts: Sequence[Any],
+    ) -> tuple[list[Tensor], dict[str, list[Any]]]:
+        """One update of leaves that have been checked.
+
+        `slots` are lists of the same length, `values` the hyperparameters and switches of each leaf, `counts` the
+        updates that each leaf has seen, ints or tensors.
+        """
+        work = Work(leaves, gradients, slots)
+        scalars = [column for slot, column in slots.items() if slot not in self.slots]
+        for members in sharing(values, counts, *scalars):
+            first = members[0]
+            before = {slot: slots[slot][first] for slot in self.scalars}
+            for on_pairs, own in by_kind(leaves, members):
+                found = self.prepare(_widened(values[first], on_pairs), _count(counts[first]), before)
+                if self.lists is not None and not on_pairs and _is_plain(values[first]) and not transforming():
+                    work.put_lists(own, self.lists(*work.lists(own, self.slots), found.values))
+                else:
+                    self._advance_each(work, own, found.values)
+                work.put_scalars(own, {"step": counts[first] + 1, **found.scalars})
+        return work.leaves, work.new_slots
+
+    def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
+        """Update leaves that share their numbers; as one, where enough of them are alike."""
+        stackable = self.elementwise and len(members) >= STACKED and not torch.compiler.is_compiling()
+        for alike in work.alike(members) if stackable else [members]:
+            if stackable and len(alike) >= STACKED:
+                work.put_stack(alike, self._on_reals(*work.stack(alike, self.slots), coefficients))
+            else:
+                for index in alike:
+                    work.put(index, self._on_reals(*work.take(index, self.slots), coefficients))
 
     def _on_reals(self, leaf: Tensor, gradient: Tensor, slots: Slots, coefficients: Any) -> tuple[Tensor, Slots]:
         """Complex parameters are pairs of reals, as in torch.optim."""
@@ -225,42 +236,8 @@ class Rule:
             check_ranges(name, spec, self.ranges.get(name, Range()))
 
 
-class _Work:
-    """The leaves of a step, old and new."""
-
-    def __init__(self, leaves: list[Tensor], gradients: list[Tensor], slots: dict[str, list[Tensor]]) -> None:
-        self.leaves, self._gradients, self._slots = list(leaves), gradients, slots
-        self.new_slots = {slot: list(column) for slot, column in slots.items()}
-
-    def take(self, index: int, slots: Iterable[str]) -> tuple[Tensor, Tensor, Slots]:
-        return self.leaves[index], self._gradients[index], {slot: self._slots[slot][index] for slot in slots}
-
-    def put(self, index: int, new: tuple[Tensor, Slots]) -> None:
-        self.leaves[index], slots = new
-        for slot, tensor in slots.items():
-            self.new_slots[slot][index] = tensor
-
-    def put_scalars(self, members: list[int], scalars: Slots) -> None:
-        for slot in scalars.keys() & self.new_slots.keys():
-            for index in members:
-                self.new_slots[slot][index] = scalars[slot]
-
-    def stack(self, members: list[int], slots: Iterable[str]) -> tuple[Tensor, Tensor, Slots]:
-        def stacked(column: list[Tensor]) -> Tensor:
-            return torch.stack([column[index] for index in members])
-
-        return stacked(self.leaves), stacked(self._gradients), {slot: stacked(self._slots[slot]) for slot in slots}
-
-    def put_stack(self, members: list[int], new: tuple[Tensor, Slots]) -> None:
-        leaf, slots = new
-        # Copies: views of one tensor could not be changed in place, and each would keep all of it alive.
-        apart = cast("Callable[[Tensor], tuple[Tensor, ...]]", torch.unbind if transforming() else torch.unbind_copy)
-        for index, tensor in zip(members, apart(leaf), strict=True):
-            self.leaves[index] = tensor
-        for slot, stack in slots.items():
-            column = self.new_slots[slot]
-            for index, tensor in zip(members, stack.unbind(), strict=True):
-                column[index] = tensor
+def _is_plain(values: Values) -> bool:
+    return all(isinstance(value, (bool, int, float)) for value in values.values())
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -278,8 +255,8 @@ def _widened(values: Values, on_pairs: bool) -> Values:
     return {name: one(value) for name, value in values.items()}
 
 
-def _count(step: Tensor) -> Any:
+def _count(step: Any) -> Any:
     """The number of the update, from 1: an int where it can be known, else a tensor."""
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(step):
+    if isinstance(step, Tensor) and (torch.compiler.is_compiling() or is_functorch_wrapped_tensor(step)):
         return step.to(torch.float64) + 1
     return int(step) + 1

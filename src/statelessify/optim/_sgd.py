@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import HyperparameterError
 from ._arithmetic import add, is_zero, scaled, where, with_decay
 from ._hyperparameters import Range, has, is_nonzero, refuse_unknown
 from ._optimizer import Optimizer
-from ._rule import Coefficients, Rule, Slots, Values
+from ._rule import Coefficients, ListedSlots, Rule, Slots, Values
 
 __all__ = ["sgd"]
+
+_torch: Any = torch  # its stubs do not have the operations on lists
 
 
 def sgd(
@@ -56,9 +59,8 @@ def sgd(
             f"`nesterov=True` needs momentum and no dampening; given momentum={momentum!r}, dampening={dampening!r}"
         )
     slots = ("momentum_buffer",) if has(momentum, is_nonzero) else ()
-    return Rule(
-        "sgd", _prepare, _update, numbers, switches, ranges={"dampening": Range(low=-math.inf)}, slots=slots
-    ).optimizer()
+    ranges = {"dampening": Range(low=-math.inf)}
+    return Rule("sgd", _prepare, _update, numbers, switches, ranges, slots, lists=_update_lists).optimizer()
 
 
 def _prepare(values: Values, t: Any, scalars: Slots) -> Coefficients:
@@ -75,3 +77,19 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
         slots = {"momentum_buffer": buffer}
         g = add(g, buffer, c["momentum"]) if c["nesterov"] else buffer
     return add(p, g, -c["lr"]), slots
+
+
+def _update_lists(
+    ps: list[Tensor], gs: list[Tensor], slots: ListedSlots, c: Values
+) -> tuple[list[Tensor], ListedSlots]:
+    """`_update` for plain numbers: one node of the graph for all leaves, where each would have its own."""
+    if c["maximize"]:
+        gs = list(_torch._foreach_neg(gs))
+    if c["weight_decay"]:
+        gs = list(_torch._foreach_add(gs, ps, alpha=c["weight_decay"]))
+    if c["momentum"]:
+        kept = _torch._foreach_mul(slots["momentum_buffer"], c["momentum"])
+        buffers = list(_torch._foreach_add(kept, gs, alpha=c["fresh"]))
+        slots = {"momentum_buffer": buffers}
+        gs = list(_torch._foreach_add(gs, buffers, alpha=c["momentum"])) if c["nesterov"] else buffers
+    return list(_torch._foreach_add(ps, gs, alpha=-c["lr"])), slots

@@ -200,10 +200,11 @@ def occasion_of_call() -> When:
 
 def rule_of(part: nn.Module) -> Rule | None:
     """The rule that holds for a module: that of the class which its forward comes from."""
-    return None if "forward" in part.__dict__ else _rule_of_class(type(part))
+    return None if "forward" in part.__dict__ else rule_of_class(type(part))
 
 
-def _rule_of_class(kind: type[nn.Module]) -> Rule | None:
+def rule_of_class(kind: type[nn.Module]) -> Rule | None:
+    """The rule that holds for the modules of a class."""
     for cls in kind.__mro__:
         if "forward" in cls.__dict__:
             return MODULES.get(cast("Any", cls))
@@ -218,13 +219,14 @@ def install(module: nn.Module) -> nn.Module:
     return module
 
 
-def _holds(when: When) -> bool:
+def holds(when: When) -> bool:
+    """Whether this is the occasion of a module's rule."""
     return when == "always" or transforming() or (when == "gradients" and active_rules() == "gradients")
 
 
 def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What runs as the forward of a module with a rule: the rule where it holds."""
-    found = _rule_of_class(type(part))
-    if found is not None and _holds(found.when):
+    found = rule_of_class(type(part))
+    if found is not None and holds(found.when):
         return found.call(part, *args, **kwargs)
     return cast("Any", type(part)).forward(part, *args, **kwargs)

@@ -1,0 +1,3 @@
+"""Other libraries' interfaces, as thin layers over this one."""
+
+__all__: list[str] = []

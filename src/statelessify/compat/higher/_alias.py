@@ -1,0 +1,37 @@
+"""``sys.modules["higher"] = statelessify.compat.higher``, submodules included."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__: list[str] = []
+
+_OWN = __name__.rpartition(".")[0]
+_ALIAS = "higher."
+
+
+class Alias(MetaPathFinder, Loader):
+    """Finds the submodules of `higher` here, where the package of that name is this one, and no second copies of them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        ours = fullname.startswith(_ALIAS) and sys.modules.get("higher") is sys.modules.get(_OWN)
+        return ModuleSpec(fullname, self) if ours else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return importlib.import_module(f"{_OWN}.{spec.name.removeprefix(_ALIAS)}")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to execute: the module has been imported under its own name."""
+
+
+def register() -> None:
+    """Let imports of submodules of `higher` come here, as long as that name stands for this package."""
+    if not any(type(finder).__name__ == Alias.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, Alias())

@@ -1,0 +1,376 @@
+"""The classes of patched modules: subclasses of each module's own class, so that all of its methods work."""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch._C import _current_graph_task_id as running_backward
+from torch._C._functorch import peek_interpreter_stack
+
+from ..._structure import copy_structure, named_parts
+from ..._transforms import transforming
+from ...errors import FastWeightsError
+from ...rules._registry import Rule, holds, rule_of_class
+from ._differences import differs
+from ._pure import call_purely
+from ._weights import FastWeights
+
+__all__: list[str] = []
+
+
+class Member(property):
+    """A property of patched modules that gives way to what the module itself has under that name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, part: Any, owner: type | None = None) -> Any:
+        for entries in () if part is None else _own_entries(part):
+            if self.name in entries:
+                return entries[self.name]
+        return super().__get__(part, owner)
+
+    def __set__(self, part: Any, value: Any) -> None:
+        if self.fset is None or any(self.name in entries for entries in _own_entries(part)):
+            part.__dict__[self.name] = value
+        else:
+            super().__set__(part, value)
+
+
+def _own_entries(part: nn.Module) -> list[dict[str, Any]]:
+    own: dict[str, Any] = part.__dict__
+    return [own, *(own[kind] for kind in ("_parameters", "_buffers", "_modules") if kind in own)]
+
+
+def weights_of(part: nn.Module) -> FastWeights:
+    """The weights that a patched module shares with all of its parts."""
+    return part.__dict__["_statelessify_weights"]
+
+
+class MonkeyPatchBase(nn.Module):
+    """What every patched module, and every part of one, is an instance of, beside its own class."""
+
+    @Member
+    def fast_params(self) -> list[Tensor] | None:
+        """The latest weights in the order of ``module.parameters()``, the list itself; None before there are any."""
+        fast = weights_of(self)
+        return None if fast.history is None else fast.history[-1]
+
+    @fast_params.setter
+    def fast_params(self, value: Iterable[Tensor]) -> None:
+        weights_of(self).store(value)
+
+    @Member
+    def init_fast_params(self) -> list[Tensor]:
+        """The first weights."""
+        fast = weights_of(self)
+        if not fast.tracking:
+            raise FastWeightsError("with `track_higher_grads=False` the initial weights are not kept")
+        return fast.at(0)
+
+    @Member
+    def track_higher_grads(self) -> bool:
+        """Whether the history of the weights is kept; switching it off keeps the latest ones."""
+        return weights_of(self).tracking
+
+    @track_higher_grads.setter
+    def track_higher_grads(self, value: bool) -> None:
+        weights_of(self).track(value)
+
+    @Member
+    def _fast_params(self) -> list[list[Tensor]] | None:
+        return weights_of(self).history
+
+    @Member
+    def is_root(self) -> bool:
+        """Whether this is the patched module itself, not a part of it."""
+        return _patch_of(self).as_root
+
+    @Member
+    def root(self) -> nn.Module | None:
+        """The patched module that this is a part of."""
+        found = weights_of(self).root
+        return None if found is None else found()
+
+    @Member
+    def direct_submodule_call(self) -> bool:
+        """Whether no call of the root is in progress."""
+        return not weights_of(self).calling
+
+
+class Patch(NamedTuple):
+    """What a class of patched modules is made of.
+
+    Attributes:
+        kind: the module's own class.
+        as_root: whether it is for roots; otherwise for parts.
+        call: what a call of the module's own class runs, hooks and all.
+        forward: its forward, or that of the rule which holds for it.
+        takes_params: whether its forward has an argument `params` of its own.
+    """
+
+    kind: type[nn.Module]
+    as_root: bool
+    call: Callable[..., Any]
+    forward: Callable[..., Any]
+    takes_params: bool
+    rule: Rule | None
+
+
+def _patch_of(part: nn.Module) -> Patch:
+    return cast("Any", type(part))._statelessify
+
+
+def as_patched(part: nn.Module, as_root: bool, fast: FastWeights, indices: dict[str, int]) -> None:
+    """Make a part of a copy one of a patched module; `indices` are those of its own weights."""
+    kind = type(part)
+    own: dict[str, Any] = part.__dict__
+    own.pop("_compiled_call_impl", None)  # it would run the compiled weights
+    own["_statelessify_weights"], own["_statelessify_own"] = fast, indices
+    object.__setattr__(part, "__class__", patched_class(kind, as_root, rule_of_class(kind)))
+
+
+@lru_cache(maxsize=1024)
+def patched_class(kind: type[nn.Module], as_root: bool, rule: Rule | None) -> type[MonkeyPatchBase]:
+    """The class of patched modules that were of `kind`."""
+    call = cast("Any", nn.Module)._call_impl if kind.__call__ is nn.Module.__call__ else kind.__call__
+    members: dict[str, Any] = {**_OF_ALL, **(_OF_ROOTS if as_root else {})}
+    members["__call__"] = _call_root if as_root else _call_part
+    if not as_root and kind.__call__ is not nn.Module.__call__:
+        members["__call__"] = _call_part_of_own_call
+    own_forward = kind.forward
+    if rule is not None:
+        own_forward = members["forward"] = _forward_by_rule
+    members["_statelessify"] = Patch(kind, as_root, call, own_forward, _takes_params(kind), rule)
+    if as_root:
+        members["forward"] = _forward_of_root
+    if kind.__getattr__ is not nn.Module.__getattr__:
+        del members["__getattr__"]
+    if hasattr(kind, "flatten_parameters"):
+        members["flatten_parameters"] = _flatten_nothing
+    if issubclass(kind, nn.RNNBase):
+        members["_flat_weights"], members["_flat_weight_refs"] = _FLAT_WEIGHTS, _FLAT_WEIGHT_REFS
+    name = ("Functional" if as_root else "InnerFunctional") + kind.__name__
+    members |= {"__module__": kind.__module__, "__qualname__": name, "__doc__": kind.__doc__}
+    bases = (MonkeyPatchBase,) if kind is nn.Module else (kind, MonkeyPatchBase)
+    return cast("Any", types.new_class(name, bases, exec_body=lambda namespace: namespace.update(members)))
+
+
+def _takes_params(kind: type[nn.Module]) -> bool:
+    try:
+        return "params" in inspect.signature(kind.forward).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+
+
+# Calls -------------------------------------------------------------------------------------------------------------
+
+
+def _call_root(self: Any, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+    return _run(self, self._statelessify.call, params, args, kwargs)
+
+
+def _forward_of_root(self: Any, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+    """The forward of the module's own class; `params` as in a call."""
+    if params is None and self.__dict__["_statelessify_weights"].calling:
+        return self._statelessify.forward(self, *args, **kwargs)
+    return _run(self, self._statelessify.forward, params, args, kwargs)
+
+
+def _run(
+    root: Any,
+    call: Callable[..., Any],
+    params: Iterable[Tensor] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    fast: FastWeights = root.__dict__["_statelessify_weights"]
+    if transforming():
+        return _run_purely(root, params, args, kwargs)
+    if params is not None:
+        fast.store(params)
+    else:
+        fast.install(fast.latest())  # whose list may have been written into
+    outer, fast.calling = fast.calling, True
+    try:
+        if fast.watched.entered and not fast.watched.met:  # no function with a rule has been met: no mode is needed
+            return call(root, *args, **kwargs)
+        with fast.watched.where_needed():
+            return call(root, *args, **kwargs)
+    finally:
+        fast.calling = outer
+
+
+def _call_part(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        return _call_part_with(self, args, kwargs)
+    return self._call_impl(*args)
+
+
+def _call_part_of_own_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _call_part_with(self, args, kwargs)
+
+
+def _call_part_with(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    fast, params = weights_of(self), None
+    if "params" in kwargs and fast.calling and self._statelessify.takes_params:
+        differs("nested")
+    elif "params" in kwargs:
+        params = kwargs.pop("params")
+    if transforming():
+        return _run_purely(self, params, args, kwargs)
+    if params is not None:
+        fast.store(_all_weights(self, params))
+    return self._statelessify.call(self, *args, **kwargs)
+
+
+def _run_purely(part: nn.Module, params: Iterable[Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if params is not None:
+        differs("pure")
+    given = weights_of(part).latest() if params is None else _all_weights(part, params)
+    return call_purely(part, given, args, kwargs)
+
+
+def _all_weights(part: nn.Module, params: Iterable[Tensor]) -> list[Tensor]:
+    """The weights of the root, where those of one part alone may be given."""
+    fast = weights_of(part)
+    if isinstance(params, Tensor):
+        return fast.checked(params)
+    given = list(params)
+    inside = [index for _, own in named_parts(part) for index in own.__dict__.get("_statelessify_own", {}).values()]
+    indices = list(dict.fromkeys(inside))
+    if len(given) != len(indices) or len(given) == len(fast.names):
+        return fast.checked(given)
+    new = list(fast.latest())
+    for index, tensor in zip(indices, given, strict=True):
+        new[index] = tensor
+    return fast.checked(new)
+
+
+def _forward_by_rule(self: Any, *args: Any, **kwargs: Any) -> Any:
+    patch: Patch = self._statelessify
+    if patch.rule is not None and holds(patch.rule.when):
+        return patch.rule.call(self, *args, **kwargs)
+    return cast("Any", patch.kind).forward(self, *args, **kwargs)
+
+
+# Attributes --------------------------------------------------------------------------------------------------------
+
+
+def _getattr(self: Any, name: str) -> Any:
+    own: dict[str, Any] = self.__dict__
+    if "_parameters" in own and name in (weights := own["_parameters"]):
+        if running_backward() != -1 and name in own["_statelessify_own"]:
+            own["_statelessify_weights"].refuse_late(name)
+        return weights[name]
+    return nn.Module.__getattr__(self, name)
+
+
+def _setattr(self: Any, name: str, value: Any) -> None:
+    own: dict[str, Any] = self.__dict__
+    index = own.get("_statelessify_own", {}).get(name)
+    if index is not None:
+        own["_statelessify_weights"].replace(index, value)
+    elif isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or name in own["_parameters"]):
+        for entries in (own["_buffers"], own["_modules"]):
+            entries.pop(name, None)
+        own[name] = value  # a plain attribute: there is no weight of that name to update
+    else:
+        self._statelessify.kind.__setattr__(self, name, value)
+
+
+def _flatten_nothing(self: Any) -> None:
+    """Weights that change in each step are not packed into one buffer."""
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self.__dict__.get("_flat_weights_names", ())]
+
+
+def _flat_weight_refs(self: Any) -> list[weakref.ref[Tensor] | None]:
+    return [None if weight is None else weakref.ref(weight) for weight in _flat_weights(self)]
+
+
+def _ignore(self: Any, value: Any) -> None: ...
+
+
+_FLAT_WEIGHTS = property(_flat_weights, _ignore)
+_FLAT_WEIGHT_REFS = property(_flat_weight_refs, _ignore)
+
+
+# Roots -------------------------------------------------------------------------------------------------------------
+
+
+def _parameters(self: nn.Module, recurse: bool = True, time: int | None = None) -> Iterator[Tensor]:
+    """The weights at a time: 0 the initial ones, -1 or None the latest. A step, or any other change, is one time."""
+    found = weights_of(self).at(-1 if time is None else time)
+    if not recurse:
+        warnings.warn(
+            "the weights of a patched module are those of its submodules too: `recurse=False` has no effect",
+            UserWarning,
+            stacklevel=2,
+        )
+    return iter(found)
+
+
+def _update_params(self: nn.Module, params: Iterable[Tensor]) -> None:
+    """Make these the latest weights."""
+    weights_of(self).store(params)
+
+
+def _boxed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._statelessify.forward(self, *args, **kwargs)
+
+
+# Copies ------------------------------------------------------------------------------------------------------------
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    patch: Patch = self._statelessify
+    make, args, *state = patch.kind.__reduce_ex__(self, protocol)
+    if make is getattr(copyreg, "__newobj__", None) and args[0] is type(self):
+        make, args = _restored, (patch.kind, patch.as_root, *args[1:])
+    return (make, args, *state)
+
+
+def _restored(kind: type[nn.Module], as_root: bool, *args: Any) -> nn.Module:
+    cls = patched_class(kind, as_root, rule_of_class(kind))
+    return cls.__new__(cls, *args)
+
+
+def _setstate(self: Any, state: dict[str, Any]) -> None:
+    self._statelessify.kind.__setstate__(self, state)
+    if self._statelessify.as_root:
+        weights_of(self).root = weakref.ref(self)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> nn.Module:
+    """A patched module with weights of its own, leaves, over all of its time."""
+    fast = weights_of(self)
+    tensors = {id(t): t for weights in fast.history or () for t in weights}
+    own = {key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in tensors.items()}
+    copied = memo[id(self)] = copy_structure(self, own)
+    weights_of(copied).root = weakref.ref(copied) if self._statelessify.as_root else None
+    return copied
+
+
+_OF_ALL: dict[str, Any] = {
+    "__getattr__": _getattr,
+    "__setattr__": _setattr,
+    "__reduce_ex__": _reduce_ex,
+    "__setstate__": _setstate,
+    "__deepcopy__": _deepcopy,
+}
+_OF_ROOTS: dict[str, Any] = {
+    "parameters": _parameters,
+    "update_params": _update_params,
+    "boxed_forward": _boxed_forward,
+}

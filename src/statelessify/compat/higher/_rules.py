@@ -1,0 +1,220 @@
+"""The optimizers of torch.optim as differentiable ones: the rules of `statelessify.optim` on parameter groups."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ... import optim
+from ...optim._rule import Rule
+from ._differences import differs
+from ._optimizer import DifferentiableOptimizer
+
+__all__ = [
+    "DifferentiableASGD",
+    "DifferentiableAdadelta",
+    "DifferentiableAdafactor",
+    "DifferentiableAdagrad",
+    "DifferentiableAdam",
+    "DifferentiableAdamW",
+    "DifferentiableAdamax",
+    "DifferentiableMuon",
+    "DifferentiableNAdam",
+    "DifferentiableRAdam",
+    "DifferentiableRMSprop",
+    "DifferentiableRprop",
+    "DifferentiableSGD",
+]
+
+
+@cache
+def _names(make: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(make).parameters)
+
+
+class RuleOptimizer(DifferentiableOptimizer):
+    """A rule of `statelessify.optim`; its hyperparameters are the entries of each group, numbers or tensors."""
+
+    make: ClassVar[Callable[..., optim.Optimizer]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known = _names(type(self).make)
+        self._rules: dict[int, tuple[list[Any], Rule, dict[str, Any]]] = {}
+
+    def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **kwargs: Any) -> None:
+        with torch.set_grad_enabled(self._recording()):
+            for index, grads in enumerate(grouped_grads):
+                moved = {place: grad for place, grad in enumerate(grads) if grad is not None}
+                if moved:
+                    self._update_group(index, moved)
+
+    def _rule(self, index: int) -> tuple[Rule, dict[str, Any]]:
+        """The rule with a group's hyperparameters, and their values; anew only where one of them is another object."""
+        group = self.param_groups[index]
+        given = [group.get(name) for name in self._known]
+        if index in self._rules:
+            before, *found = self._rules[index]
+            if all(map(operator.is_, given, before)):
+                return cast("Any", found)
+        options = {name: _one_number(group[name]) for name in self._known if name in group}
+        rule = cast("Rule", cast("Any", type(self).make(**options).init).__self__)
+        values = {**rule.hyperparameters, **rule.switches, **rule.choices}
+        if "initial_accumulator_value" in values:
+            values["initial_accumulator_value"] = 0  # torch has added it where it made the state
+        self._rules[index] = given, rule, values
+        _note_differences(rule)
+        return rule, values
+
+    def _update_group(self, index: int, moved: dict[int, Tensor]) -> None:
+        params, states = self.param_groups[index]["params"], self.state[index]
+        rule, values = self._rule(index)
+        leaves: list[Tensor] = [params[place] for place in moved]
+        for place, leaf in zip(moved, leaves, strict=True):
+            rule.check(f"{place}` of group `{index}", leaf)
+        gradients = [
+            gradient if gradient.layout is torch.strided else gradient.to_dense() for gradient in moved.values()
+        ]
+        counted = rule.name not in _UNCOUNTED
+        known: list[dict[str, Any]] = [states[place] for place in moved] if counted or rule.slots else [{}] * len(moved)
+        columns = {slot: [_slot(rule, slot, *pair) for pair in zip(known, leaves, strict=True)] for slot in rule.slots}
+        for slot in rule.scalars:
+            start = torch.zeros((), dtype=torch.float64)  # one for all: leaves that share it are known to agree
+            columns[slot] = [torch.as_tensor(own[slot]) if slot in own else start for own in known]
+        counts = [_count(own, counted) for own in known]
+        new, slots = rule.advance(leaves, gradients, columns, [values] * len(leaves), counts)
+        for row, place in enumerate(moved):
+            params[place] = new[row]
+            if columns or counted:
+                states[place] = {slot: column[row] for slot, column in slots.items()}
+                if counted:
+                    states[place]["step"] = counts[row] + 1
+
+
+_UNCOUNTED = ("sgd", "muon")  # torch keeps no count of their steps: a momentum buffer says that there has been one
+
+
+def _count(state: dict[str, Any], counted: bool) -> int:
+    if counted:
+        return int(state.get("step", 0))
+    return int(state.get("momentum_buffer") is not None)
+
+
+def _slot(rule: Rule, slot: str, state: dict[str, Any], leaf: Tensor) -> Tensor:
+    if state.get(slot) is not None:
+        return state[slot]
+    return (
+        torch.zeros_like(leaf) if rule.slot_shape is None else leaf.new_zeros(tuple(rule.slot_shape(slot, leaf.shape)))
+    )
+
+
+def _one_number(value: Any) -> Any:
+    """A hyperparameter as the rules take it: pairs are tuples, and a tensor with one entry is a number."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_one_number, cast("list[Any]", value)))
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _note_differences(rule: Rule) -> None:
+    values = rule.hyperparameters
+    if rule.switches.get("maximize") is True:
+        differs("maximize")
+    if rule.name == "adam":
+        differs("eps")
+        if any(isinstance(beta, Tensor) for beta in values["betas"]):
+            differs("betas")
+    if rule.name == "asgd" and any(isinstance(values[name], Tensor) for name in ("lr", "lambd", "alpha")):
+        differs("asgd")
+    if isinstance(values.get("momentum"), Tensor) and float(values["momentum"].detach()) == 0:
+        differs("momentum")
+
+
+class DifferentiableSGD(RuleOptimizer):
+    """`torch.optim.SGD`, differentiable; see `statelessify.optim.sgd`."""
+
+    make = staticmethod(optim.sgd)
+
+
+class DifferentiableAdam(RuleOptimizer):
+    """`torch.optim.Adam`, differentiable; see `statelessify.optim.adam`."""
+
+    make = staticmethod(optim.adam)
+
+
+class DifferentiableAdamW(RuleOptimizer):
+    """`torch.optim.AdamW`, differentiable; see `statelessify.optim.adamw`."""
+
+    make = staticmethod(optim.adamw)
+
+
+class DifferentiableNAdam(RuleOptimizer):
+    """`torch.optim.NAdam`, differentiable; see `statelessify.optim.nadam`."""
+
+    make = staticmethod(optim.nadam)
+
+
+class DifferentiableRAdam(RuleOptimizer):
+    """`torch.optim.RAdam`, differentiable; see `statelessify.optim.radam`."""
+
+    make = staticmethod(optim.radam)
+
+
+class DifferentiableAdamax(RuleOptimizer):
+    """`torch.optim.Adamax`, differentiable; see `statelessify.optim.adamax`."""
+
+    make = staticmethod(optim.adamax)
+
+
+class DifferentiableAdagrad(RuleOptimizer):
+    """`torch.optim.Adagrad`, differentiable; see `statelessify.optim.adagrad`."""
+
+    make = staticmethod(optim.adagrad)
+
+
+class DifferentiableAdadelta(RuleOptimizer):
+    """`torch.optim.Adadelta`, differentiable; see `statelessify.optim.adadelta`."""
+
+    make = staticmethod(optim.adadelta)
+
+
+class DifferentiableRMSprop(RuleOptimizer):
+    """`torch.optim.RMSprop`, differentiable; see `statelessify.optim.rmsprop`."""
+
+    make = staticmethod(optim.rmsprop)
+
+
+class DifferentiableASGD(RuleOptimizer):
+    """`torch.optim.ASGD`, differentiable; see `statelessify.optim.asgd`."""
+
+    make = staticmethod(optim.asgd)
+
+
+class DifferentiableRprop(RuleOptimizer):
+    """`torch.optim.Rprop`; its steps depend on the signs of gradients alone, and have no derivative by them."""
+
+    make = staticmethod(optim.rprop)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        warnings.warn(
+            "Rprop uses the signs of gradients only: second-order gradients through it are zero", stacklevel=2
+        )
+
+
+class DifferentiableAdafactor(RuleOptimizer):
+    """`torch.optim.Adafactor`, differentiable; see `statelessify.optim.adafactor`."""
+
+    make = staticmethod(optim.adafactor)
+
+
+class DifferentiableMuon(RuleOptimizer):
+    """`torch.optim.Muon`, differentiable; see `statelessify.optim.muon`."""
+
+    make = staticmethod(optim.muon)
