@@ -1,15 +1,32 @@
-"""Walking autograd's graph."""
+"""Autograd's graph: gradients through it, and the nodes that it consists of."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__: list[str] = []
+
+
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def gradients_of(loss: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of one number, None where it does not depend on an input.
+
+    What that function looks at before it starts takes a fifth of the time of a step of a small network: where a look
+    at the loss tells as much, the engine is called at once.
+    """
+    ordinary = type(loss) is Tensor and loss.requires_grad and loss.ndim == 0 and loss.is_floating_point()
+    if not ordinary or not inputs or _run_backward is None:
+        return torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+    one = torch.ones_like(loss)
+    return _run_backward((loss,), (one,), create_graph, create_graph, tuple(inputs), True, accumulate_grad=False)
 
 
 def nodes(results: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Iterator[Any]:

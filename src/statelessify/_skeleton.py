@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,31 +71,35 @@ def check_is_module(module: Any) -> None:
         raise ModuleError(f"`module` is {type(module).__name__}, not a torch.nn.Module; pass the module itself")
 
 
-def check_supported(module: nn.Module) -> None:
-    """Refuse, by name, what has no pure form."""
-    for path, part in named_parts(module):
-        where = f"submodule `{path}`" if path else "`module`"
-        kind = type(part).__name__
-        if isinstance(part, torch.jit.ScriptModule):
-            raise ModuleError(
-                f"{where} is a ScriptModule ({kind}), whose tensors are compiled in; pass the Python module"
-            )
-        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ModuleError(
-                f"{where} is wrapped in {kind}, which copies and synchronises parameters; pass its `.module` instead"
-            )
-        if "_orig_mod" in part._modules and kind == "OptimizedModule":
-            raise ModuleError(
-                f"{where} is already compiled ({kind}); pass its `._orig_mod`, and compile the function that calls "
-                "`apply` instead"
-            )
-        slots = {**part._parameters, **part._buffers}
-        lazy = [name for name, t in slots.items() if is_uninitialized(t)]
-        if lazy:
-            raise LazyModuleError(
-                f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; "
-                "pass `example_args=(x,)`, or call the module once first"
-            )
+def check_supported(parts: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse, by name, parts of a module that have no pure form."""
+    for path, part in parts:
+        lazy = [name for own in (part._parameters, part._buffers) for name, t in own.items() if is_uninitialized(t)]
+        compiled = "_orig_mod" in part._modules and type(part).__name__ == "OptimizedModule"
+        if lazy or compiled or isinstance(part, _UNSUPPORTED):
+            raise _unsupported(f"submodule `{path}`" if path else "`module`", part, lazy)
+
+
+_UNSUPPORTED = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def _unsupported(where: str, part: nn.Module, lazy: list[str]) -> ModuleError:
+    kind = type(part).__name__
+    if isinstance(part, torch.jit.ScriptModule):
+        return ModuleError(f"{where} is a ScriptModule ({kind}), whose tensors are compiled in; pass the Python module")
+    if isinstance(part, _UNSUPPORTED):
+        return ModuleError(
+            f"{where} is wrapped in {kind}, which copies and synchronises parameters; pass its `.module` instead"
+        )
+    if lazy:
+        return LazyModuleError(
+            f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; "
+            "pass `example_args=(x,)`, or call the module once first"
+        )
+    return ModuleError(
+        f"{where} is already compiled ({kind}); pass its `._orig_mod`, and compile the function that calls `apply` "
+        "instead"
+    )
 
 
 MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)

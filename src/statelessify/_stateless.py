@@ -71,7 +71,7 @@ def stateless(
     check_is_module(module)
     if example_args is not None:
         module = _materialized(module, example_args)
-    check_supported(module)
+    check_supported(named_parts(module))
     slots = find_slots(module)
     tensors = slots.tensors
     trainable = tree_copy({name: tensors[name] for name in slots.params}, params, device, dtype)
@@ -135,7 +135,7 @@ def load_(module: nn.Module, params: Params | None = None, buffers: Buffers | No
         1.0
     """
     check_is_module(module)
-    check_supported(module)
+    check_supported(named_parts(module))
     slots = find_slots(module)
     _check_load(slots, params, buffers, type(module).__name__)
     own = {tensor.untyped_storage().data_ptr() for tensor in slots.tensors.values()}

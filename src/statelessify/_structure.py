@@ -25,7 +25,17 @@ def is_uninitialized(tensor: Any) -> bool:
 
 def named_parts(module: nn.Module, twice: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules()``; `twice` also gives the further paths to a module that has several."""
-    yield from cast("Any", module.named_modules(remove_duplicate=not twice))
+    seen = set[int]()
+    stack: list[tuple[str, nn.Module | None]] = [("", module)]
+    while stack:
+        path, part = stack.pop()
+        if part is None or (not twice and id(part) in seen):
+            continue
+        seen.add(id(part))
+        yield path, part
+        if part._modules:
+            children = [(f"{path}.{name}" if path else name, child) for name, child in part._modules.items()]
+            stack.extend(reversed(children))
 
 
 def copy_structure(module: nn.Module, replaced: Mapping[int, Any] | None = None) -> nn.Module:

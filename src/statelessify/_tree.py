@@ -169,29 +169,32 @@ def tree_copy(
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) in done:
-            return done[id(leaf)]
-        where, what = target or leaf.device, _target_dtype(leaf, dtype)
-        moves = where != leaf.device or what != leaf.dtype
-        if policy == "alias":
-            if moves:
-                raise PolicyError(
-                    f'`"alias"` keeps the very same tensors, so it cannot move a {leaf.dtype} tensor on '
-                    f'{leaf.device} to {what} on {where}; write "clone" (same graph) or "detach" (new leaves), '
-                    "or move the module first"
-                )
-            new = leaf
-        else:
-            source = leaf.detach() if policy == "detach" else leaf
-            new = source.to(where, what) if moves else source.clone()
-            if type(new) is torch.nn.Parameter:
-                new = new.as_subclass(Tensor)
-            if policy == "detach":
-                new.requires_grad_(leaf.requires_grad)
-        done[id(leaf)] = new
-        return new
+        if id(leaf) not in done:
+            done[id(leaf)] = copied(leaf, policy, target, dtype)
+        return done[id(leaf)]
 
     return tree_map(copy, tree)
+
+
+def copied(leaf: Tensor, policy: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor under a copy policy."""
+    where, what = device or leaf.device, _target_dtype(leaf, dtype)
+    moves = (device is not None or dtype is not None) and (where != leaf.device or what != leaf.dtype)
+    if policy == "alias":
+        if moves:
+            raise PolicyError(
+                f'`"alias"` keeps the very same tensors, so it cannot move a {leaf.dtype} tensor on '
+                f'{leaf.device} to {what} on {where}; write "clone" (same graph) or "detach" (new leaves), '
+                "or move the module first"
+            )
+        return leaf
+    source = leaf.detach() if policy == "detach" else leaf
+    new = source.to(where, what) if moves else source.clone()
+    if type(new) is torch.nn.Parameter:
+        new = new.as_subclass(Tensor)
+    if policy == "detach" and leaf.requires_grad:
+        new.requires_grad_()
+    return new
 
 
 # Stacks ------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class Rule:
             before = {slot: slots[slot][first] for slot in self.scalars}
             for on_pairs, own in by_kind(leaves, members):
                 found = self.prepare(_widened(values[first], on_pairs), _count(counts[first]), before)
-                if self.lists is not None and not on_pairs and _is_plain(values[first]) and not transforming():
+                if self.lists is not None and not on_pairs and is_plain(values[first]) and not transforming():
                     work.put_lists(own, self.lists(*work.lists(own, self.slots), found.values))
                 else:
                     self._advance_each(work, own, found.values)
@@ -236,7 +236,8 @@ class Rule:
             check_ranges(name, spec, self.ranges.get(name, Range()))
 
 
-def _is_plain(values: Values) -> bool:
+def is_plain(values: Values) -> bool:
+    """Whether all hyperparameters are numbers, none a tensor."""
     return all(isinstance(value, (bool, int, float)) for value in values.values())
 
 

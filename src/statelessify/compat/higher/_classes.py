@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as running_backward
-from torch._C._functorch import peek_interpreter_stack
 
 from ..._structure import copy_structure, named_parts
 from ..._transforms import transforming
@@ -210,7 +209,7 @@ def _run(
 
 
 def _call_part(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
+    if kwargs or not self.__dict__["_statelessify_weights"].calling:
         return _call_part_with(self, args, kwargs)
     return self._call_impl(*args)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ._optimizer import GradCallback, Override
 from .optim import get_diff_optim
-from .patch import monkeypatch
+from .patch import patched
 
 __all__ = ["innerloop_ctx"]
 
@@ -58,7 +58,6 @@ def innerloop_ctx(
         >>> net.weight.grad.shape
         torch.Size([1, 1])
     """
-    fmodel = monkeypatch(model, device, copy_initial_weights, track_higher_grads)
-    reference = list(nn.Module.parameters(model))
+    fmodel, reference = patched(model, device, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(opt, reference, fmodel, device, override, track_higher_grads, grad_callback=grad_callback)
     yield fmodel, diffopt

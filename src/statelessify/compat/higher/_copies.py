@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import lru_cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..._skeleton import MODULE_ATTRIBUTES, check_is_module, check_supported
 from ..._structure import ATOMIC, copy_structure, leads_back, named_parts, reachable, slot_values, target_of, walk
+from ..._tree import copied
 from ..._vacant import storage_of, vacancies, views_of
 from ...errors import FastWeightsError, ModuleError
 from ...rules._registry import Watched
 from ._classes import MonkeyPatchBase, as_patched
 from ._differences import differs
-from ._weights import FastWeights, Place
+from ._weights import FastWeights
 
 __all__: list[str] = []
 
@@ -25,24 +27,29 @@ _PLAIN = frozenset(ATOMIC)
 _LATE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.ParameterList, nn.ParameterDict)
 
 
-def patched_copy(module: nn.Module, device: Any = None) -> MonkeyPatchBase:
-    """A patched module with buffers of its own and without weights.
+def patched_copy(
+    module: nn.Module, policy: str | None, device: torch.device | str | None = None
+) -> tuple[Any, list[Tensor]]:
+    """A patched module, and the module's own weights in the order of the patched one's.
 
     Whatever leads to a part, weight or buffer of the module leads to the copy's instead; everything else (data,
     configuration, a recorder) is shared with the module, as it is in higher.
+
+    `policy` makes the initial weights of the module's own; None: there are none yet.
     """
     check_is_module(module)
     if isinstance(module, MonkeyPatchBase):
         raise FastWeightsError(
             f"`module` is patched already ({type(module).__name__}); patch the module that it was made of"
         )
-    check_supported(module)
-    parts = list(named_parts(module))
-    _note_differences(parts)
+    named = list(named_parts(module))
+    check_supported(named)
+    _note_differences(named)
+    parts = [part for _, part in named]
     weights: dict[str, Tensor] = {}
     index: dict[int, int] = {}
     buffers: dict[int, Tensor] = {}
-    for prefix, part in parts:
+    for prefix, part in named:
         for name, weight in part._parameters.items():
             if weight is not None and id(weight) not in index:
                 index[id(weight)] = len(index)
@@ -50,14 +57,23 @@ def patched_copy(module: nn.Module, device: Any = None) -> MonkeyPatchBase:
         for buffer in part._buffers.values():
             if isinstance(buffer, Tensor) and id(buffer) not in buffers:
                 buffers[id(buffer)] = own_buffer(buffer, device)
-    copies = _copies([part for _, part in parts], {**vacancies(weights), **buffers}, weights)
+    own = list(weights.values())
+    target = None if device is None else torch.empty(0, device=device).device
+    initial = [] if policy is None else [copied(weight, policy, target) for weight in own]
+    inside = _Inside(parts, index.keys() | buffers.keys(), own)
+    simple = {**dict(zip(index, initial, strict=False)), **buffers} if policy else {**vacancies(weights), **buffers}
+    copies = _simple_copies(parts, simple, inside)
+    if copies is None:
+        copies = _any_copies(module, parts, {**vacancies(weights), **buffers}, inside, weights)
     copy = copies[0]
-    fast = FastWeights(list(weights), [weight.shape for weight in weights.values()], [], copy, _watched(module))
-    for (_, part), own in zip(parts, copies, strict=True):
+    fast = FastWeights(list(weights), [weight.shape for weight in own], copy, _watched(module))
+    for part, patched in zip(parts, copies, strict=True):
         indices = {name: index[id(weight)] for name, weight in part._parameters.items() if weight is not None}
-        fast.places.extend(Place(cast("Any", own._parameters), name, number) for name, number in indices.items())
-        as_patched(own, own is copy, fast, indices)
-    return cast("MonkeyPatchBase", copy)
+        fast.add_places(patched, indices)
+        as_patched(patched, patched is copy, fast, indices)
+    if policy is not None:
+        fast.begin(initial)
+    return copy, own
 
 
 def own_buffer(buffer: Tensor, device: Any = None) -> Tensor:
@@ -85,13 +101,10 @@ def _note_differences(parts: list[tuple[str, nn.Module]]) -> None:
             differs("late", kind=type(part).__name__)
 
 
-def _copies(parts: list[nn.Module], replaced: dict[int, Any], weights: dict[str, Tensor]) -> list[nn.Module]:
-    """A copy of each part, the root first."""
-    inside = _Inside(parts, replaced, weights)
-    copies = _simple_copies(parts, replaced, inside)
-    if copies is not None:
-        return copies
-    module = parts[0]
+def _any_copies(
+    module: nn.Module, parts: list[nn.Module], replaced: dict[int, Any], inside: _Inside, weights: dict[str, Tensor]
+) -> list[nn.Module]:
+    """A copy of each part, where attributes lead back to the module."""
     shared = {id(value): value for part in parts for value in _held(part) if not inside.leads(value)}
     copy = copy_structure(module, {**shared, **replaced, **views_of(weights, reachable(module))})
     back = leads_back(copy, module, state=False)
@@ -106,8 +119,8 @@ def _copies(parts: list[nn.Module], replaced: dict[int, Any], weights: dict[str,
 class _Inside:
     """What belongs to a module, to tell which attributes lead to it."""
 
-    def __init__(self, parts: list[nn.Module], replaced: dict[int, Any], weights: dict[str, Tensor]) -> None:
-        self._own = {*map(id, parts), *replaced}
+    def __init__(self, parts: list[nn.Module], tensors: Set[int], weights: list[Tensor]) -> None:
+        self._own = {*map(id, parts), *tensors}
         self._weights = weights
         self._storages: set[int | None] | None = None
 
@@ -126,7 +139,7 @@ class _Inside:
 
     def _is_view(self, tensor: Tensor) -> bool:
         if self._storages is None:
-            self._storages = {storage_of(weight) for weight in self._weights.values()} - {None}
+            self._storages = {storage_of(weight) for weight in self._weights} - {None}
         return storage_of(tensor) in self._storages
 
 
@@ -147,11 +160,12 @@ def _simple_copies(parts: list[nn.Module], replaced: dict[int, Any], inside: _In
         if _has_slots(type(part)):
             return None
         own: dict[str, Any] = shells[id(part)].__dict__
+        own.update(part.__dict__)
         for name, value in part.__dict__.items():
             kind = type(value)
             if kind in _PLAIN:
-                own[name] = value
-            elif name == "_parameters" or name == "_buffers":
+                continue
+            if name == "_parameters" or name == "_buffers":
                 own[name] = {key: replaced.get(id(item), item) for key, item in value.items()}
             elif name == "_modules":
                 own[name] = {key: item if item is None else shells[id(item)] for key, item in value.items()}
@@ -160,11 +174,11 @@ def _simple_copies(parts: list[nn.Module], replaced: dict[int, Any], inside: _In
                     return None
                 own[name] = value.copy() if value else kind()
             elif name in _RNN_LISTS and isinstance(part, nn.RNNBase):
-                continue
+                del own[name]
             elif inside.leads(value):
                 return None
-            else:
-                own[name] = value.detach().clone() if kind is Tensor and not value.requires_grad else value
+            elif kind is Tensor and not value.requires_grad:
+                own[name] = value.detach().clone()
     return list(shells.values())
 
 

@@ -6,16 +6,18 @@ import abc
 import collections
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..._graph import gradients_of
 from ..._transforms import transforming
 from ...errors import DerivativeError, FastWeightsError, HyperparameterError
 from ._classes import MonkeyPatchBase, weights_of
 from ._differences import differs
-from .utils import _find_param_in_list, _recursive_copy_and_cast, _recursive_map
+from ._weights import FastWeights
+from .utils import _is_container, _recursive_copy_and_cast, _recursive_map
 
 __all__ = ["DifferentiableOptimizer"]
 
@@ -70,8 +72,9 @@ class DifferentiableOptimizer(abc.ABC):
         self._fmodel = fmodel
         self._places: list[list[int]] = []
         self.param_groups, self.state = [], []
+        index = {id(p): place for place, p in reversed(list(enumerate(reference)))}
         for group in other.param_groups:
-            places = [_find_param_in_list(p, reference) for p in group["params"]]
+            places = [index.get(id(p)) for p in group["params"]]
             if None in places:
                 number = places.index(None)
                 raise FastWeightsError(
@@ -81,12 +84,12 @@ class DifferentiableOptimizer(abc.ABC):
                 )
             self._places.append([place for place in places if place is not None])
             state: collections.defaultdict[int, dict[str, Any]] = collections.defaultdict(dict)
-            for number, p in enumerate(group["params"]):
+            for number, p in enumerate(group["params"] if other.state else ()):
                 if p in other.state:
                     state[number] = {k: _recursive_copy_and_cast(v, device) for k, v in other.state[p].items()}
             self.state.append(state)
-            options = {name: _recursive_map(value, _own) for name, value in group.items() if name != "params"}
-            self.param_groups.append({"params": [None] * len(places), **options})
+            self.param_groups.append({name: _own(value) for name, value in group.items() if name != "params"})
+            self.param_groups[-1]["params"] = [None] * len(places)
         if override is not None:
             self._apply_override(override)
 
@@ -129,23 +132,24 @@ class DifferentiableOptimizer(abc.ABC):
             )
         if override is not None:
             self._apply_override(override)
-        latest = None if self._fmodel is None else self._fmodel.fast_params
+        fast = weights_of(self._fmodel) if isinstance(self._fmodel, MonkeyPatchBase) else None
+        latest = getattr(self._fmodel, "fast_params", None) if fast is None else fast.history and fast.history[-1]
         if params is None and latest is None:
             raise FastWeightsError(
                 "there are no weights to update: pass `params=`, or give the optimizer a patched module that has some"
             )
-        current = list(latest if params is None else params)
-        gradients: Any = self._gradients(loss, current)
+        current: list[Tensor] = list(cast("Any", latest if params is None else params))
+        gradients: Any = self._gradients(loss, current, fast)
         callback = self._grad_callback if grad_callback is None else grad_callback
         if callback is not None:
             gradients = callback(gradients)
-        grouped: list[list[Tensor | None]] = []
         for group, places in zip(self.param_groups, self._places, strict=True):
             group["params"] = [current[place] for place in places]
-            grouped.append([gradients[place] for place in places])
-        self._update(grouped)
+        self._update([[gradients[place] for place in places] for places in self._places])
         new = self._collect(current)
-        if self._fmodel is not None:
+        if fast is not None:
+            fast.store(new)
+        elif self._fmodel is not None:
             self._fmodel.update_params(new)
         return new
 
@@ -153,13 +157,14 @@ class DifferentiableOptimizer(abc.ABC):
         """Whether the step is part of the graph."""
         return self._track_higher_grads and torch.is_grad_enabled()
 
-    def _gradients(self, loss: Tensor, params: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def _gradients(self, loss: Tensor, params: list[Tensor], fast: FastWeights | None) -> tuple[Tensor | None, ...]:
         reached = [p for p in params if p.requires_grad]
-        fast = weights_of(self._fmodel) if isinstance(self._fmodel, MonkeyPatchBase) else None
+        if not reached:
+            return (None,) * len(params)
         if fast is not None:
             fast.stepping = True  # what activation checkpointing reads now are the weights of this loss
         try:
-            found = torch.autograd.grad(loss, reached, create_graph=self._recording(), allow_unused=True)
+            found = gradients_of(loss, reached, self._recording())
         finally:
             if fast is not None:
                 fast.stepping = False
@@ -216,7 +221,11 @@ def check_lengths(override: Override, groups: int) -> None:
 
 def _own(value: Any) -> Any:
     """A tensor that does not change when the optimizer's does, on its graph."""
-    return value.clone() if isinstance(value, Tensor) else value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return (
+        value.clone() if isinstance(value, Tensor) else _recursive_map(value, _own) if _is_container(value) else value
+    )
 
 
 def _detached(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import optim
-from ...optim._rule import Rule
+from ...optim._rule import Lists, Rule, is_plain
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer
 
@@ -47,64 +47,78 @@ class RuleOptimizer(DifferentiableOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known = _names(type(self).make)
-        self._rules: dict[int, tuple[list[Any], Rule, dict[str, Any]]] = {}
+        self._rules: dict[int, tuple[list[Any], tuple[Rule, dict[str, Any], Lists | None]]] = {}
 
     def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **kwargs: Any) -> None:
-        with torch.set_grad_enabled(self._recording()):
-            for index, grads in enumerate(grouped_grads):
-                moved = {place: grad for place, grad in enumerate(grads) if grad is not None}
-                if moved:
-                    self._update_group(index, moved)
+        if not self._recording():
+            with torch.no_grad():
+                self._update_groups(grouped_grads)
+        else:
+            self._update_groups(grouped_grads)
 
-    def _rule(self, index: int) -> tuple[Rule, dict[str, Any]]:
-        """The rule with a group's hyperparameters, and their values; anew only where one of them is another object."""
+    def _update_groups(self, grouped_grads: Sequence[Sequence[Tensor | None]]) -> None:
+        for index, grads in enumerate(grouped_grads):
+            self._update_group(index, grads)
+
+    def _update_group(self, index: int, grads: Sequence[Tensor | None]) -> None:
+        params, states = self.param_groups[index]["params"], self.state[index]
+        rule, values, at_once = self._rule(index)
+        places = [place for place, grad in enumerate(grads) if grad is not None]
+        leaves: list[Tensor] = [params[place] for place in places]
+        gradients = [_dense(grad) for grad in grads if grad is not None]
+        for place, leaf in zip(places, leaves, strict=True):
+            rule.check(f"{place}` of group `{index}", leaf)
+        if at_once is not None:
+            new, _ = at_once(leaves, gradients, {}, values)
+            slots, counts = {}, ()
+        else:
+            known: list[dict[str, Any]] = [states[place] for place in places]
+            slots = {
+                slot: [_slot(rule, slot, *pair) for pair in zip(known, leaves, strict=True)] for slot in rule.slots
+            }
+            start = torch.zeros((), dtype=torch.float64)  # one for all: leaves that share it are known to agree
+            slots |= {s: [torch.as_tensor(own[s]) if s in own else start for own in known] for s in rule.scalars}
+            counts = [_count(rule, own) for own in known]
+            new, slots = rule.advance(leaves, gradients, slots, [values] * len(leaves), counts)
+        for row, place in enumerate(places):
+            params[place] = new[row]
+            if slots:
+                count = {} if rule.name in _UNCOUNTED else {"step": counts[row] + 1}
+                states[place] = {**count, **{slot: column[row] for slot, column in slots.items()}}
+
+    def _rule(self, index: int) -> tuple[Rule, dict[str, Any], Lists | None]:
+        """The rule with a group's hyperparameters, and their values; anew only where one of them is another object.
+
+        The last is its update on lists, where nothing is remembered and all numbers are plain.
+        """
         group = self.param_groups[index]
         given = [group.get(name) for name in self._known]
         if index in self._rules:
-            before, *found = self._rules[index]
+            before, found = self._rules[index]
             if all(map(operator.is_, given, before)):
-                return cast("Any", found)
+                return found
         options = {name: _one_number(group[name]) for name in self._known if name in group}
         rule = cast("Rule", cast("Any", type(self).make(**options).init).__self__)
         values = {**rule.hyperparameters, **rule.switches, **rule.choices}
         if "initial_accumulator_value" in values:
             values["initial_accumulator_value"] = 0  # torch has added it where it made the state
-        self._rules[index] = given, rule, values
         _note_differences(rule)
-        return rule, values
-
-    def _update_group(self, index: int, moved: dict[int, Tensor]) -> None:
-        params, states = self.param_groups[index]["params"], self.state[index]
-        rule, values = self._rule(index)
-        leaves: list[Tensor] = [params[place] for place in moved]
-        for place, leaf in zip(moved, leaves, strict=True):
-            rule.check(f"{place}` of group `{index}", leaf)
-        gradients = [
-            gradient if gradient.layout is torch.strided else gradient.to_dense() for gradient in moved.values()
-        ]
-        counted = rule.name not in _UNCOUNTED
-        known: list[dict[str, Any]] = [states[place] for place in moved] if counted or rule.slots else [{}] * len(moved)
-        columns = {slot: [_slot(rule, slot, *pair) for pair in zip(known, leaves, strict=True)] for slot in rule.slots}
-        for slot in rule.scalars:
-            start = torch.zeros((), dtype=torch.float64)  # one for all: leaves that share it are known to agree
-            columns[slot] = [torch.as_tensor(own[slot]) if slot in own else start for own in known]
-        counts = [_count(own, counted) for own in known]
-        new, slots = rule.advance(leaves, gradients, columns, [values] * len(leaves), counts)
-        for row, place in enumerate(moved):
-            params[place] = new[row]
-            if columns or counted:
-                states[place] = {slot: column[row] for slot, column in slots.items()}
-                if counted:
-                    states[place]["step"] = counts[row] + 1
+        at_once = rule.lists if not rule.slots and is_plain(values) else None
+        self._rules[index] = given, (rule, values, at_once)
+        return rule, values, at_once
 
 
 _UNCOUNTED = ("sgd", "muon")  # torch keeps no count of their steps: a momentum buffer says that there has been one
 
 
-def _count(state: dict[str, Any], counted: bool) -> int:
-    if counted:
-        return int(state.get("step", 0))
-    return int(state.get("momentum_buffer") is not None)
+def _count(rule: Rule, state: dict[str, Any]) -> int:
+    if rule.name in _UNCOUNTED:
+        return int(state.get("momentum_buffer") is not None)
+    return int(state.get("step", 0))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _slot(rule: Rule, slot: str, state: dict[str, Any], leaf: Tensor) -> Tensor:

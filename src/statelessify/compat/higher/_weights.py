@@ -41,14 +41,23 @@ class FastWeights:
         watched: the rules that its calls need, as far as that is known.
     """
 
-    def __init__(
-        self, names: list[str], shapes: list[torch.Size], places: list[Place], root: nn.Module, watched: Watched
-    ) -> None:
-        self.names, self.shapes, self.places = names, shapes, places
+    def __init__(self, names: list[str], shapes: list[torch.Size], root: nn.Module, watched: Watched) -> None:
+        self.names, self.shapes = names, shapes
+        self.places: list[Place] = []
         self.history: list[list[Tensor]] | None = None
         self.tracking, self.calling, self.stepping, self.moves = True, False, False, 0
         self.root: weakref.ref[nn.Module] | None = weakref.ref(root)
         self.watched = watched
+
+    def add_places(self, part: nn.Module, indices: dict[str, int]) -> None:
+        """Let weights stand in slots of a part."""
+        entries: dict[str, Any] = part.__dict__["_parameters"]
+        self.places.extend([Place(entries, name, index) for name, index in indices.items()])
+
+    def begin(self, params: list[Tensor]) -> None:
+        """Give the module its first weights."""
+        self.history = [params]
+        self.install(params)
 
     def latest(self) -> list[Tensor]:
         if self.history is None:

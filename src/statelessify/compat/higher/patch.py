@@ -8,10 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..._tree import tree_copy
 from ...errors import NamesError
-from ._classes import MonkeyPatchBase, weights_of
 from ._classes import MonkeyPatchBase as _MonkeyPatchBase
+from ._classes import weights_of
 from ._copies import own_buffer, patched_copy
 from ._differences import differs
 
@@ -56,13 +55,17 @@ def monkeypatch(
         >>> net.weight.grad
         tensor([[1., 1.]])
     """
-    fmodel = patched_copy(module, device)
-    fast = weights_of(fmodel)
-    policy = "detach" if copy_initial_weights else "clone"
-    weights = dict(zip(fast.names, _parameters(module), strict=True))
-    fast.store(tree_copy(weights, policy, torch.device(device) if device is not None else None).values())
-    fast.track(track_higher_grads)
+    fmodel, _ = patched(module, device, copy_initial_weights, track_higher_grads)
     return fmodel
+
+
+def patched(
+    module: nn.Module, device: torch.device | str | None, copy_initial_weights: bool, track_higher_grads: bool
+) -> tuple[Any, list[Tensor]]:
+    """`monkeypatch`, and the module's own weights."""
+    fmodel, weights = patched_copy(module, "detach" if copy_initial_weights else "clone", device)
+    weights_of(fmodel).track(track_higher_grads)
+    return fmodel, weights
 
 
 def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], Any] | None = None) -> Any:
@@ -88,7 +91,7 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
         >>> fmodel(torch.ones(2), params=[torch.ones(1, 2), torch.zeros(1)])
         tensor([2.])
     """
-    fmodel = patched_copy(module)
+    fmodel, _ = patched_copy(module, None)
     if any(part._buffers for part in module.modules()):
         differs("buffers")
     if encapsulator is not None:
@@ -131,8 +134,3 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
             if isinstance(buffer, Tensor):
                 buffer = copies.setdefault(id(buffer), own_buffer(buffer, device))
             own._buffers[name] = buffer
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    """The weights as a patched copy counts them, whatever a class makes of its method `parameters`."""
-    return list(nn.Module.parameters(module))
