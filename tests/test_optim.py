@@ -182,3 +182,16 @@ def test_adams_meta_gradient_at_a_gradient_of_zero(dtype: torch.dtype, amsgrad: 
     many = lambda w: adapt(lambda w, c: (c * w**2).sum(), w, curvature, optimizer=optimizer, steps=3).params.sum()
     assert torch.autograd.grad(many(w), w)[0].isfinite().all()
     assert torch.autograd.functional.hessian(many, w).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1}])
+def test_sgd_keeps_apart_what_needs_no_gradient(options: dict[str, Any]) -> None:
+    """An operation on a list of tensors makes all of its results require gradients where one of them does."""
+    params = {"fixed": torch.ones(2), "learned": torch.ones(3, requires_grad=True)}
+    grads = {name: torch.ones_like(p.detach()) for name, p in params.items()}
+    optimizer = optim.sgd(lr=0.1, **options)
+    state = optimizer.init(params)
+    for _ in range(2):
+        params, state = optimizer.step(params, grads, state)
+    assert not params["fixed"].requires_grad
+    assert params["learned"].requires_grad

@@ -8,6 +8,7 @@ from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
 from ._tasks import over_tasks
 from ._tree import tree_copy, tree_stack, tree_unstack
+from .compat.higher.patch import buffer_sync, make_functional, monkeypatch
 from .explain import explain
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "Unroll",
     "adapt",
     "adapt_tasks",
+    "buffer_sync",
     "combine",
     "errors",
     "explain",
     "load_",
+    "make_functional",
+    "monkeypatch",
     "optim",
     "over_tasks",
     "partition",

@@ -76,7 +76,7 @@ def check_supported(parts: Iterable[tuple[str, nn.Module]]) -> None:
     for path, part in parts:
         lazy = [name for own in (part._parameters, part._buffers) for name, t in own.items() if is_uninitialized(t)]
         compiled = "_orig_mod" in part._modules and type(part).__name__ == "OptimizedModule"
-        if lazy or compiled or isinstance(part, _UNSUPPORTED):
+        if lazy or compiled or isinstance(cast("Any", part), _UNSUPPORTED):
             raise _unsupported(f"submodule `{path}`" if path else "`module`", part, lazy)
 
 

@@ -173,8 +173,10 @@ class Rule:
             before = {slot: slots[slot][first] for slot in self.scalars}
             for on_pairs, own in by_kind(leaves, members):
                 found = self.prepare(_widened(values[first], on_pairs), _count(counts[first]), before)
-                if self.lists is not None and not on_pairs and is_plain(values[first]) and not transforming():
-                    work.put_lists(own, self.lists(*work.lists(own, self.slots), found.values))
+                plain = self.lists is not None and not on_pairs and is_plain(values[first]) and not transforming()
+                lists = work.lists(own, self.slots) if plain else None
+                if self.lists is not None and lists is not None:
+                    work.put_lists(own, self.lists(*lists, found.values))
                 else:
                     self._advance_each(work, own, found.values)
                 work.put_scalars(own, {"step": counts[first] + 1, **found.scalars})

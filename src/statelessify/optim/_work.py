@@ -53,11 +53,15 @@ class Work:
             groups.setdefault(kind, []).append(index)
         return groups.values()
 
-    def lists(self, members: list[int], slots: Iterable[str]) -> tuple[list[Tensor], list[Tensor], ListedSlots]:
+    def lists(self, members: list[int], slots: Iterable[str]) -> tuple[list[Tensor], list[Tensor], ListedSlots] | None:
+        """The leaves as lists; None where torch's operations on lists would do another thing than on each of them."""
+
         def listed(column: list[Tensor]) -> list[Tensor]:
             return [column[index] for index in members]
 
-        return listed(self.leaves), listed(self._gradients), {slot: listed(self._slots[slot]) for slot in slots}
+        leaves, gradients = listed(self.leaves), listed(self._gradients)
+        found = {slot: listed(self._slots[slot]) for slot in slots}
+        return (leaves, gradients, found) if all(map(is_uniform, (leaves, gradients, *found.values()))) else None
 
     def put_lists(self, members: list[int], new: tuple[list[Tensor], ListedSlots]) -> None:
         leaves, slots = new
@@ -82,6 +86,12 @@ class Work:
             column = self.new_slots[slot]
             for index, tensor in zip(members, stack.unbind(), strict=True):
                 column[index] = tensor
+
+
+def is_uniform(tensors: list[Tensor]) -> bool:
+    """Whether all or none of them require gradients: else each result of an operation on the list would do so."""
+    first = tensors[0].requires_grad
+    return all(tensor.requires_grad is first for tensor in tensors)
 
 
 def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:

@@ -16,7 +16,7 @@ _ALIAS = "higher."
 
 
 class Alias(MetaPathFinder, Loader):
-    """Finds the submodules of `higher` here, where the package of that name is this one, and no second copies of them."""
+    """Finds submodules of `higher` here, where the package of that name is this one, and makes no copies of them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -16,93 +16,13 @@ from torch._C import _current_graph_task_id as running_backward
 
 from ..._structure import copy_structure, named_parts
 from ..._transforms import transforming
-from ...errors import FastWeightsError
 from ...rules._registry import Rule, holds, rule_of_class
+from ._base import MonkeyPatchBase, weights_of
 from ._differences import differs
 from ._pure import call_purely
 from ._weights import FastWeights
 
 __all__: list[str] = []
-
-
-class Member(property):
-    """A property of patched modules that gives way to what the module itself has under that name."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, part: Any, owner: type | None = None) -> Any:
-        for entries in () if part is None else _own_entries(part):
-            if self.name in entries:
-                return entries[self.name]
-        return super().__get__(part, owner)
-
-    def __set__(self, part: Any, value: Any) -> None:
-        if self.fset is None or any(self.name in entries for entries in _own_entries(part)):
-            part.__dict__[self.name] = value
-        else:
-            super().__set__(part, value)
-
-
-def _own_entries(part: nn.Module) -> list[dict[str, Any]]:
-    own: dict[str, Any] = part.__dict__
-    return [own, *(own[kind] for kind in ("_parameters", "_buffers", "_modules") if kind in own)]
-
-
-def weights_of(part: nn.Module) -> FastWeights:
-    """The weights that a patched module shares with all of its parts."""
-    return part.__dict__["_statelessify_weights"]
-
-
-class MonkeyPatchBase(nn.Module):
-    """What every patched module, and every part of one, is an instance of, beside its own class."""
-
-    @Member
-    def fast_params(self) -> list[Tensor] | None:
-        """The latest weights in the order of ``module.parameters()``, the list itself; None before there are any."""
-        fast = weights_of(self)
-        return None if fast.history is None else fast.history[-1]
-
-    @fast_params.setter
-    def fast_params(self, value: Iterable[Tensor]) -> None:
-        weights_of(self).store(value)
-
-    @Member
-    def init_fast_params(self) -> list[Tensor]:
-        """The first weights."""
-        fast = weights_of(self)
-        if not fast.tracking:
-            raise FastWeightsError("with `track_higher_grads=False` the initial weights are not kept")
-        return fast.at(0)
-
-    @Member
-    def track_higher_grads(self) -> bool:
-        """Whether the history of the weights is kept; switching it off keeps the latest ones."""
-        return weights_of(self).tracking
-
-    @track_higher_grads.setter
-    def track_higher_grads(self, value: bool) -> None:
-        weights_of(self).track(value)
-
-    @Member
-    def _fast_params(self) -> list[list[Tensor]] | None:
-        return weights_of(self).history
-
-    @Member
-    def is_root(self) -> bool:
-        """Whether this is the patched module itself, not a part of it."""
-        return _patch_of(self).as_root
-
-    @Member
-    def root(self) -> nn.Module | None:
-        """The patched module that this is a part of."""
-        found = weights_of(self).root
-        return None if found is None else found()
-
-    @Member
-    def direct_submodule_call(self) -> bool:
-        """Whether no call of the root is in progress."""
-        return not weights_of(self).calling
 
 
 class Patch(NamedTuple):
@@ -124,17 +44,9 @@ class Patch(NamedTuple):
     rule: Rule | None
 
 
-def _patch_of(part: nn.Module) -> Patch:
-    return cast("Any", type(part))._statelessify
-
-
-def as_patched(part: nn.Module, as_root: bool, fast: FastWeights, indices: dict[str, int]) -> None:
-    """Make a part of a copy one of a patched module; `indices` are those of its own weights."""
-    kind = type(part)
-    own: dict[str, Any] = part.__dict__
-    own.pop("_compiled_call_impl", None)  # it would run the compiled weights
-    own["_statelessify_weights"], own["_statelessify_own"] = fast, indices
-    object.__setattr__(part, "__class__", patched_class(kind, as_root, rule_of_class(kind)))
+def class_of(part: nn.Module, as_root: bool) -> type[MonkeyPatchBase]:
+    """The class of a patched copy of a part."""
+    return patched_class(type(part), as_root, rule_of_class(type(part)))
 
 
 @lru_cache(maxsize=1024)
@@ -267,8 +179,9 @@ def _forward_by_rule(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _getattr(self: Any, name: str) -> Any:
     own: dict[str, Any] = self.__dict__
     if "_parameters" in own and name in (weights := own["_parameters"]):
-        if running_backward() != -1 and name in own["_statelessify_own"]:
-            own["_statelessify_weights"].refuse_late(name)
+        fast: FastWeights = own["_statelessify_weights"]
+        if not fast.calling and running_backward() != -1 and name in own["_statelessify_own"]:
+            fast.refuse_late(name)
         return weights[name]
     return nn.Module.__getattr__(self, name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def innerloop_ctx(
     override: Override | None = None,
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """A patched copy of a module, and its optimizer as a differentiable one, as `higher.innerloop_ctx`.
 
     Args:
@@ -53,7 +53,7 @@ def innerloop_ctx(
         >>> net = torch.nn.Linear(1, 1)
         >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> with higher.innerloop_ctx(net, opt, copy_initial_weights=False) as (fmodel, diffopt):
-        ...     diffopt.step((fmodel(torch.ones(1)) ** 2).sum())
+        ...     new = diffopt.step((fmodel(torch.ones(1)) ** 2).sum())
         ...     (fmodel(torch.ones(1)) ** 2).sum().backward()
         >>> net.weight.grad.shape
         torch.Size([1, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import types
 import weakref
 from collections.abc import Iterator, Set
 from functools import lru_cache
@@ -15,8 +17,10 @@ from ..._structure import ATOMIC, copy_structure, leads_back, named_parts, reach
 from ..._tree import copied
 from ..._vacant import storage_of, vacancies, views_of
 from ...errors import FastWeightsError, ModuleError
-from ...rules._registry import Watched
-from ._classes import MonkeyPatchBase, as_patched
+from ...optim._work import is_uniform
+from ...rules._registry import RULES, Watched
+from ._base import MonkeyPatchBase
+from ._classes import class_of
 from ._differences import differs
 from ._weights import FastWeights
 
@@ -37,40 +41,20 @@ def patched_copy(
 
     `policy` makes the initial weights of the module's own; None: there are none yet.
     """
-    check_is_module(module)
-    if isinstance(module, MonkeyPatchBase):
-        raise FastWeightsError(
-            f"`module` is patched already ({type(module).__name__}); patch the module that it was made of"
-        )
-    named = list(named_parts(module))
-    check_supported(named)
-    _note_differences(named)
-    parts = [part for _, part in named]
-    weights: dict[str, Tensor] = {}
-    index: dict[int, int] = {}
-    buffers: dict[int, Tensor] = {}
-    for prefix, part in named:
-        for name, weight in part._parameters.items():
-            if weight is not None and id(weight) not in index:
-                index[id(weight)] = len(index)
-                weights[f"{prefix}.{name}" if prefix else name] = weight
-        for buffer in part._buffers.values():
-            if isinstance(buffer, Tensor) and id(buffer) not in buffers:
-                buffers[id(buffer)] = own_buffer(buffer, device)
-    own = list(weights.values())
+    layout = layout_of(module)
+    own = list(layout.weights.values())
     target = None if device is None else torch.empty(0, device=device).device
-    initial = [] if policy is None else [copied(weight, policy, target) for weight in own]
-    inside = _Inside(parts, index.keys() | buffers.keys(), own)
-    simple = {**dict(zip(index, initial, strict=False)), **buffers} if policy else {**vacancies(weights), **buffers}
-    copies = _simple_copies(parts, simple, inside)
-    if copies is None:
-        copies = _any_copies(module, parts, {**vacancies(weights), **buffers}, inside, weights)
+    initial: list[Tensor] = []
+    if policy == "clone" and target is None and own and is_uniform(own):
+        initial = list(cast("Any", torch)._foreach_clone(own))  # one node of the graph for all
+    elif policy is not None:
+        initial = [copied(weight, policy, target) for weight in own]
+    buffers = {id(buffer): own_buffer(buffer, device) for buffer in layout.buffers}
+    copies = layout.copies(module, initial, buffers)
     copy = copies[0]
-    fast = FastWeights(list(weights), [weight.shape for weight in own], copy, _watched(module))
-    for part, patched in zip(parts, copies, strict=True):
-        indices = {name: index[id(weight)] for name, weight in part._parameters.items() if weight is not None}
-        fast.add_places(patched, indices)
-        as_patched(patched, patched is copy, fast, indices)
+    fast = FastWeights(list(layout.weights), [weight.shape for weight in own], copy, layout.watched)
+    for patched, indices in zip(copies, layout.indices, strict=True):
+        fast.include(patched, indices)
     if policy is not None:
         fast.begin(initial)
     return copy, own
@@ -82,15 +66,92 @@ def own_buffer(buffer: Tensor, device: Any = None) -> Tensor:
     return own if device is None else own.to(device)
 
 
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, Watched] = weakref.WeakKeyDictionary()
+# Layouts -----------------------------------------------------------------------------------------------------------
 
 
-def _watched(module: nn.Module) -> Watched:
-    """What calls of its patched copies have shown: each inner loop makes a copy, and its first call would be slow."""
+class Layout:
+    """Where a module's weights and buffers stand, and how it is copied.
+
+    It does not hold the module itself, so that it may be kept as long as the module lives.
+
+    Attributes:
+        weights: each weight by its first name, in the order of ``module.parameters()``.
+        indices: for each part, the index in `weights` of each of its own.
+        buffers: each buffer once.
+        watched: what calls of patched copies have shown; an inner loop makes a new one, whose first call would be slow.
+    """
+
+    def __init__(self, module: nn.Module, watched: Watched) -> None:
+        named = list(named_parts(module))
+        check_supported(named)
+        _note_differences(named)
+        self.watched = watched
+        self.weights: dict[str, Tensor] = {}
+        self.indices: list[dict[str, int]] = []
+        buffers: dict[int, Tensor] = {}
+        index: dict[int, int] = {}
+        for prefix, part in named:
+            for name, weight in part._parameters.items():
+                if weight is not None and id(weight) not in index:
+                    index[id(weight)] = len(index)
+                    self.weights[f"{prefix}.{name}" if prefix else name] = weight
+            self.indices.append({name: index[id(w)] for name, w in part._parameters.items() if w is not None})
+            buffers.update({id(b): b for b in part._buffers.values() if isinstance(b, Tensor)})
+        self.buffers = list(buffers.values())
+        parts = [part for _, part in named]
+        self._below = parts[1:]
+        self._classes = [class_of(part, part is module) for part in parts]
+        self._known_rules = len(RULES)
+        inside = _Inside(parts, index.keys() | buffers.keys(), list(self.weights.values()))
+        self._simple = all(_is_simple(part, inside) for part in parts)
+        self.lasting = self._simple and all(map(_is_lasting, parts))
+        self._held = [_snapshot(part) for part in parts] if self.lasting else []
+
+    def still(self, module: nn.Module) -> bool:
+        """Whether the module is as it was when this was made."""
+        same = self.lasting and self._known_rules == len(RULES)
+        return same and all(map(_is_still, (module, *self._below), self._held))
+
+    def copies(self, module: nn.Module, initial: list[Tensor], buffers: dict[int, Tensor]) -> list[nn.Module]:
+        """A patched copy of each part, the module itself first; weights are vacant where there are no initial ones."""
+        own = list(self.weights.values())
+        replaced: dict[int, Any] = {id(weight): new for weight, new in zip(own, initial, strict=False)}
+        parts = [module, *self._below]
+        if self._simple:
+            return _simple_copies(parts, self._classes, {**(replaced or vacancies(self.weights)), **buffers})
+        inside = _Inside(parts, {*map(id, own), *buffers}, own)
+        shared = {id(value): value for part in parts for value in _attributes(part) if not inside.leads(value)}
+        views = views_of(self.weights, reachable(module))
+        copy = copy_structure(module, {**shared, **vacancies(self.weights), **buffers, **views})
+        back = leads_back(copy, module, state=False)
+        if back is not None:
+            raise ModuleError(
+                f"`{back}` of `{type(module).__name__}` cannot be copied, and leads to the module's own parts; hold "
+                "the part itself, or in a list or a dict with names as keys"
+            )
+        copies = [part for _, part in named_parts(copy)]
+        for part, cls in zip(copies, self._classes, strict=True):
+            object.__setattr__(part, "__class__", cls)
+        return copies
+
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout of a module, from before if nothing has changed: each inner loop asks for it."""
+    check_is_module(module)
+    if isinstance(module, MonkeyPatchBase):
+        raise FastWeightsError(
+            f"`module` is patched already ({type(module).__name__}); patch the module that it was made of"
+        )
     try:
-        return _WATCHED.setdefault(module, Watched())
+        known = _LAYOUTS.get(module)
     except TypeError:  # a class with `__eq__` and without `__hash__`
-        return Watched()
+        return Layout(module, Watched())
+    if known is None or not known.still(module):
+        known = _LAYOUTS[module] = Layout(module, Watched() if known is None else known.watched)
+    return known
 
 
 def _note_differences(parts: list[tuple[str, nn.Module]]) -> None:
@@ -99,21 +160,6 @@ def _note_differences(parts: list[tuple[str, nn.Module]]) -> None:
             differs("hooks")
         if isinstance(part, _LATE):
             differs("late", kind=type(part).__name__)
-
-
-def _any_copies(
-    module: nn.Module, parts: list[nn.Module], replaced: dict[int, Any], inside: _Inside, weights: dict[str, Tensor]
-) -> list[nn.Module]:
-    """A copy of each part, where attributes lead back to the module."""
-    shared = {id(value): value for part in parts for value in _held(part) if not inside.leads(value)}
-    copy = copy_structure(module, {**shared, **replaced, **views_of(weights, reachable(module))})
-    back = leads_back(copy, module, state=False)
-    if back is not None:
-        raise ModuleError(
-            f"`{back}` of `{type(module).__name__}` cannot be copied, and leads to the module's own parts; hold the "
-            "part itself, or in a list or a dict with names as keys"
-        )
-    return [part for _, part in named_parts(copy)]
 
 
 class _Inside:
@@ -143,7 +189,7 @@ class _Inside:
         return storage_of(tensor) in self._storages
 
 
-def _held(part: nn.Module) -> Iterator[Any]:
+def _attributes(part: nn.Module) -> Iterator[Any]:
     """What a part holds beside its tensors and parts: its attributes, its hooks."""
     for name, value in part.__dict__.items():
         if name in MODULE_ATTRIBUTES:
@@ -153,35 +199,83 @@ def _held(part: nn.Module) -> Iterator[Any]:
     yield from (value for _, value in slot_values(part))
 
 
-def _simple_copies(parts: list[nn.Module], replaced: dict[int, Any], inside: _Inside) -> list[nn.Module] | None:
-    """The copies, where no attribute leads back to the module: an inner loop makes them each time, so it has to be fast."""
-    shells: dict[int, nn.Module] = {id(part): object.__new__(type(part)) for part in parts}
-    for part in parts:
-        if _has_slots(type(part)):
-            return None
-        own: dict[str, Any] = shells[id(part)].__dict__
-        own.update(part.__dict__)
-        for name, value in part.__dict__.items():
-            kind = type(value)
-            if kind in _PLAIN:
-                continue
-            if name == "_parameters" or name == "_buffers":
-                own[name] = {key: replaced.get(id(item), item) for key, item in value.items()}
-            elif name == "_modules":
-                own[name] = {key: item if item is None else shells[id(item)] for key, item in value.items()}
-            elif name in MODULE_ATTRIBUTES:
-                if value and inside.leads(value):
-                    return None
-                own[name] = value.copy() if value else kind()
-            elif name in _RNN_LISTS and isinstance(part, nn.RNNBase):
-                del own[name]
-            elif inside.leads(value):
-                return None
-            elif kind is Tensor and not value.requires_grad:
-                own[name] = value.detach().clone()
-    return list(shells.values())
+# Simple parts: copied attribute by attribute -----------------------------------------------------------------------
+
+_TREE = ("_parameters", "_buffers", "_modules")
+_OWN_DICTS = [
+    name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)) and name not in _TREE
+]
+
+
+def _is_simple(part: nn.Module, inside: _Inside) -> bool:
+    """Whether no attribute of a part leads back to the module."""
+    rnn = _RNN_LISTS if isinstance(part, nn.RNNBase) else ()
+    return not _has_slots(type(part)) and not any(
+        inside.leads(value)
+        for name, value in part.__dict__.items()
+        if type(value) not in _PLAIN and name not in _TREE and name not in rnn
+    )
 
 
 @lru_cache(maxsize=1024)
 def _has_slots(kind: type) -> bool:
     return any(cls.__dict__.get("__slots__") for cls in kind.__mro__)
+
+
+def _simple_copies(
+    parts: list[nn.Module], classes: list[type[MonkeyPatchBase]], replaced: dict[int, Any]
+) -> list[nn.Module]:
+    shells: list[nn.Module] = [object.__new__(cls) for cls in classes]
+    of = dict(zip(map(id, parts), shells, strict=True))
+    for part, shell in zip(parts, shells, strict=True):
+        own: dict[str, Any] = shell.__dict__
+        own.update(part.__dict__)
+        for name in _OWN_DICTS:
+            value = own[name]
+            own[name] = value.copy() if value else type(value)()
+        for name in ("_parameters", "_buffers"):
+            own[name] = {key: replaced.get(id(item), item) for key, item in own[name].items()}
+        own["_modules"] = {key: item if item is None else of[id(item)] for key, item in own["_modules"].items()}
+        if isinstance(part, nn.RNNBase):
+            for name in _RNN_LISTS:
+                own.pop(name, None)
+        for name, value in part.__dict__.items():
+            if type(value) is Tensor and not value.requires_grad:
+                own[name] = value.detach().clone()
+    return shells
+
+
+# Layouts that last: of parts with attributes that are replaced, and never changed ----------------------------------
+
+
+def _is_lasting(part: nn.Module) -> bool:
+    return all(
+        not value if name in MODULE_ATTRIBUTES else _never_changes(value)
+        for name, value in part.__dict__.items()
+        if type(value) not in _PLAIN and name not in _TREE
+    )
+
+
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):
+        return not (value.__closure__ or value.__dict__ or value.__defaults__ or value.__kwdefaults__)
+    return type(value) is tuple and _PLAIN.issuperset(map(type, cast("Any", value)))
+
+
+def _snapshot(part: nn.Module) -> tuple[Any, ...]:
+    """What a part is made of, to compare object by object: its class, its attributes, and what stands in its dicts."""
+    own: dict[str, Any] = part.__dict__
+    tree = [item for name in _TREE for pair in own[name].items() for item in pair]
+    return type(part), list(own), list(own.values()), tree, [own[name] for name in _OWN_DICTS]
+
+
+def _is_still(part: nn.Module, held: tuple[Any, ...]) -> bool:
+    kind, names, values, tree, empty = held
+    own: dict[str, Any] = part.__dict__
+    return (
+        type(part) is kind
+        and list(own) == names
+        and all(map(operator.is_, own.values(), values))
+        and not any(empty)
+        and [id(item) for name in _TREE for pair in own[name].items() for item in pair] == [*map(id, tree)]
+    )

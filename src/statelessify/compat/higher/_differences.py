@@ -23,7 +23,7 @@ DIFFERENCES = {
     "betas": "the gradient of learned `betas` goes through the bias correction too; higher cuts it there",
     "asgd": "ASGD's learned `lr`, `lambd` and `alpha` have their whole gradient; higher cuts part of it",
     "momentum": "a `momentum` that is a tensor takes part also where it is 0; higher leaves it out, without a gradient",
-    "hooks": "hooks of the module (legacy weight_norm and pruning are such) run on the patched module; higher drops them",
+    "hooks": "hooks of the module (legacy weight_norm, pruning) run on the patched module too; higher drops them",
     "buffers": "`make_functional` copies the buffers; higher leaves them empty",
     "frozen": "frozen parameters stay frozen without tracking; higher makes them require a gradient",
     "untracked": "switching `track_higher_grads` off keeps the latest weights only; higher loses the updates after it",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._graph import gradients_of
 from ..._transforms import transforming
 from ...errors import DerivativeError, FastWeightsError, HyperparameterError
-from ._classes import MonkeyPatchBase, weights_of
+from ._base import MonkeyPatchBase, weights_of
 from ._differences import differs
 from ._weights import FastWeights
 from .utils import _is_container, _recursive_copy_and_cast, _recursive_map
@@ -36,6 +36,7 @@ class DifferentiableOptimizer(abc.ABC):
         state: ``state[group][index]`` is the dict of one parameter, a copy of the optimizer's own at first.
     """
 
+    _keeps_shapes = False  # whether what `_update` makes of a weight is known to fit
     param_groups: list[dict[str, Any]]
     state: list[collections.defaultdict[int, dict[str, Any]]]
 
@@ -79,8 +80,8 @@ class DifferentiableOptimizer(abc.ABC):
                 number = places.index(None)
                 raise FastWeightsError(
                     f"parameter {number} of a group of this {type(other).__name__}, of shape "
-                    f"{tuple(group['params'][number].shape)}, is none of `reference_params`; pass all parameters of the "
-                    "module that the optimizer was made with"
+                    f"{tuple(group['params'][number].shape)}, is none of `reference_params`; pass all parameters of "
+                    "the module that the optimizer was made with"
                 )
             self._places.append([place for place in places if place is not None])
             state: collections.defaultdict[int, dict[str, Any]] = collections.defaultdict(dict)
@@ -148,9 +149,9 @@ class DifferentiableOptimizer(abc.ABC):
         self._update([[gradients[place] for place in places] for places in self._places])
         new = self._collect(current)
         if fast is not None:
-            fast.store(new)
+            fast.push(new) if self._keeps_shapes else fast.store(new)
         elif self._fmodel is not None:
-            self._fmodel.update_params(new)
+            cast("Any", self._fmodel).update_params(new)
         return new
 
     def _recording(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,6 +28,6 @@ def call_purely(part: nn.Module, params: Sequence[Tensor], args: tuple[Any, ...]
                 given[path] = params[index]
         if "_statelessify_own" in plain.__dict__:
             del plain.__dict__["_statelessify_own"], plain.__dict__["_statelessify_weights"]
-            object.__setattr__(plain, "__class__", type(plain)._statelessify.kind)
+            object.__setattr__(plain, "__class__", cast("Any", plain)._statelessify.kind)
     out, _ = Apply(template, slots)({}, given, *args, **kwargs)
     return out

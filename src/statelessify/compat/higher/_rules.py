@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import optim
 from ...optim._rule import Lists, Rule, is_plain
+from ...optim._work import is_uniform
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer
 
@@ -43,6 +44,7 @@ class RuleOptimizer(DifferentiableOptimizer):
     """A rule of `statelessify.optim`; its hyperparameters are the entries of each group, numbers or tensors."""
 
     make: ClassVar[Callable[..., optim.Optimizer]]
+    _keeps_shapes = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +70,7 @@ class RuleOptimizer(DifferentiableOptimizer):
         gradients = [_dense(grad) for grad in grads if grad is not None]
         for place, leaf in zip(places, leaves, strict=True):
             rule.check(f"{place}` of group `{index}", leaf)
-        if at_once is not None:
+        if at_once is not None and leaves and is_uniform(leaves) and is_uniform(gradients):
             new, _ = at_once(leaves, gradients, {}, values)
             slots, counts = {}, ()
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,8 @@ from ._differences import differs
 __all__: list[str] = []
 
 
-class Place(NamedTuple):
-    """One entry of some part's ``_parameters``, and the index of the weight that stands there."""
-
-    entries: dict[str, Any]
-    name: str
-    index: int
+Place = tuple[dict[str, Any], str, int]
+"""The ``_parameters`` of some part, a name in them, and the index of the weight that stands there."""
 
 
 class FastWeights:
@@ -49,10 +45,14 @@ class FastWeights:
         self.root: weakref.ref[nn.Module] | None = weakref.ref(root)
         self.watched = watched
 
-    def add_places(self, part: nn.Module, indices: dict[str, int]) -> None:
-        """Let weights stand in slots of a part."""
-        entries: dict[str, Any] = part.__dict__["_parameters"]
-        self.places.extend([Place(entries, name, index) for name, index in indices.items()])
+    def include(self, part: nn.Module, indices: dict[str, int]) -> None:
+        """Make a copy a part of the patched module; `indices` are those of its own weights, by attribute."""
+        own: dict[str, Any] = part.__dict__
+        own.pop("_compiled_call_impl", None)  # it would run with the weights of the module that was compiled
+        own["_statelessify_weights"], own["_statelessify_own"] = self, indices
+        entries = own["_parameters"]
+        for name, index in indices.items():
+            self.places.append((entries, name, index))
 
     def begin(self, params: list[Tensor]) -> None:
         """Give the module its first weights."""
@@ -87,6 +87,10 @@ class FastWeights:
                 "weights of a torch.func transform would outlive it in the history of the patched module; pass them "
                 "to the call (`fmodel(x, params=...)`), which leaves nothing behind"
             )
+        self.push(new)
+
+    def push(self, new: list[Tensor]) -> None:
+        """`store` weights that are known to fit."""
         self.moves += self.history is not None
         if self.tracking and self.history is not None:
             self.history.append(new)
@@ -144,9 +148,9 @@ class FastWeights:
         """
         if self.moves and self.tracking and not self.stepping:
             raise CheckpointError(
-                f"`{name}` is read in backward, by activation checkpointing or a hook, after the weights of the patched "
-                "module have changed: it would see other weights than forward did; switch checkpointing off in the "
-                "module (`statelessify.adapt` can recompute whole steps instead)"
+                f"`{name}` is read in backward, by activation checkpointing or a hook, after the weights of the "
+                "patched module have changed: it would see other weights than forward did; switch checkpointing off "
+                "in the module (`statelessify.adapt` can recompute whole steps instead)"
             )
 
     def __getstate__(self) -> dict[str, Any]:

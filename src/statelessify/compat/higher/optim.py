@@ -177,8 +177,8 @@ def _dummies(params: list[Any]) -> tuple[list[Any], list[Tensor]]:
 
 
 def _dummy(p: Any) -> Tensor:
-    tensor = p[1] if isinstance(p, tuple) else p  # one of `named_parameters()`
-    return torch.zeros_like(cast("Tensor", tensor), requires_grad=True)
+    tensor: Any = p if isinstance(p, Tensor) else p[1]  # one of `named_parameters()`
+    return torch.zeros_like(tensor, requires_grad=True)
 
 
 def _differentiable(kind: Any) -> type[DifferentiableOptimizer]:
@@ -196,7 +196,7 @@ def register_optim(optim_type: Any, diff_optim_type: type[DifferentiableOptimize
 
     Args:
         optim_type: the type of optimizers, in place of what may be known for it.
-        diff_optim_type: a subclass of `DifferentiableOptimizer` whose `_update` does what the step of `optim_type` does.
+        diff_optim_type: a subclass of `DifferentiableOptimizer` whose `_update` does what a step of `optim_type` does.
 
     Example:
         >>> class SignSGD(torch.optim.SGD): ...
@@ -274,6 +274,10 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
         group[name] = value
 
 
+def _as_many(value: Any, old: Any) -> bool:
+    return len(value) == len(old)
+
+
 def _written(value: Any, old: Any, name: str) -> Any:
     """What stands for `value` where `old` stands."""
     if isinstance(value, Tensor) and isinstance(old, Tensor):
@@ -287,7 +291,7 @@ def _written(value: Any, old: Any, name: str) -> Any:
     if isinstance(value, dict) and isinstance(old, dict) and value.keys() == old.keys():
         old, value = cast("dict[Any, Any]", old), cast("dict[Any, Any]", value)
         return type(old)({key: _written(value[key], item, name) for key, item in old.items()})
-    if isinstance(value, (list, tuple)) and isinstance(old, (list, tuple)) and len(value) == len(old):  # pyright: ignore
+    if isinstance(value, (list, tuple)) and isinstance(old, (list, tuple)) and _as_many(value, old):
         pairs = zip(cast("Any", value), cast("Any", old), strict=True)
         return type(cast("Any", old))([_written(*pair, name) for pair in pairs])
     raise HyperparameterError(

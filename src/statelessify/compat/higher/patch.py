@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NamesError
-from ._classes import MonkeyPatchBase as _MonkeyPatchBase
-from ._classes import weights_of
+from ._base import MonkeyPatchBase, weights_of
 from ._copies import own_buffer, patched_copy
 from ._differences import differs
 
 __all__ = ["buffer_sync", "make_functional", "monkeypatch"]
+
+_MonkeyPatchBase = MonkeyPatchBase
+"""The name under which programs import it, to ask `isinstance`."""
 
 
 def monkeypatch(

@@ -20,7 +20,8 @@ def flatten(x: Any) -> list[Any]:
     """
     if not _is_container(x):
         return [x]
-    return [leaf for item in (x.values() if isinstance(x, dict) else x) for leaf in flatten(item)]
+    items: Iterable[Any] = cast("dict[Any, Any]", x).values() if isinstance(x, dict) else x
+    return [leaf for item in items for leaf in flatten(item)]
 
 
 def get_func_params(
@@ -50,16 +51,16 @@ def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
     """A container of the same kinds with another leaf for each leaf."""
     if not _is_container(target):
         return map_fn(target)
+    kind = cast("Any", type(target))
     if isinstance(target, dict):
-        found: Any = {key: _recursive_map(value, map_fn) for key, value in cast("dict[Any, Any]", target).items()}
-    else:
-        found = [_recursive_map(value, map_fn) for value in target]
-    if isinstance(target, tuple) and hasattr(cast("Any", target), "_fields"):
-        return cast("Any", type(target))(*found)
-    return cast("Any", type(target))(found)
+        return kind({key: _recursive_map(value, map_fn) for key, value in cast("dict[Any, Any]", target).items()})
+    found = [_recursive_map(value, map_fn) for value in target]
+    return kind(*found) if hasattr(kind, "_fields") else kind(found)
 
 
-def _recursive_copy_and_cast(target: Any, device: torch.device | str | None) -> Any:
+def _recursive_copy_and_cast(  # pyright: ignore[reportUnusedFunction] (optimizers use it)
+    target: Any, device: torch.device | str | None
+) -> Any:
     return _recursive_map(target, lambda x: _copy_tensor(x, True, device) if isinstance(x, Tensor) else x)
 
 
