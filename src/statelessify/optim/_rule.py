@@ -68,7 +68,8 @@ def _nothing() -> dict[str, Any]:
     return {}
 
 
-def _accept(name: str, leaf: Tensor) -> None: ...
+def accept(name: str, leaf: Tensor) -> None:
+    """Any parameter will do."""
 
 
 @dataclass(eq=False)  # not frozen: dynamo, which may trace its making, cannot follow that
@@ -104,7 +105,7 @@ class Rule:
     whole: frozenset[str] = frozenset()
     elementwise: bool = True
     slot_shape: Callable[[str, torch.Size], Sequence[int]] | None = None
-    check: Callable[[str, Tensor], None] = _accept
+    check: Callable[[str, Tensor], None] = accept
     lists: Lists | None = None
 
     def __post_init__(self) -> None:

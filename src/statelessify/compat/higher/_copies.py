@@ -230,18 +230,15 @@ def _simple_copies(
     for part, shell in zip(parts, shells, strict=True):
         own: dict[str, Any] = shell.__dict__
         own.update(part.__dict__)
-        for name in _OWN_DICTS:
-            value = own[name]
-            own[name] = value.copy() if value else type(value)()
+        own.update([(name, own[name].copy() if own[name] else type(own[name])()) for name in _OWN_DICTS])
         for name in ("_parameters", "_buffers"):
             own[name] = {key: replaced.get(id(item), item) for key, item in own[name].items()}
         own["_modules"] = {key: item if item is None else of[id(item)] for key, item in own["_modules"].items()}
         if isinstance(part, nn.RNNBase):
             for name in _RNN_LISTS:
                 own.pop(name, None)
-        for name, value in part.__dict__.items():
-            if type(value) is Tensor and not value.requires_grad:
-                own[name] = value.detach().clone()
+        for name in [name for name, value in own.items() if type(value) is Tensor and not value.requires_grad]:
+            own[name] = own[name].detach().clone()
     return shells
 
 
@@ -262,20 +259,17 @@ def _never_changes(value: Any) -> bool:
     return type(value) is tuple and _PLAIN.issuperset(map(type, cast("Any", value)))
 
 
-def _snapshot(part: nn.Module) -> tuple[Any, ...]:
+def _snapshot(part: nn.Module) -> list[Any]:
     """What a part is made of, to compare object by object: its class, its attributes, and what stands in its dicts."""
     own: dict[str, Any] = part.__dict__
-    tree = [item for name in _TREE for pair in own[name].items() for item in pair]
-    return type(part), list(own), list(own.values()), tree, [own[name] for name in _OWN_DICTS]
+    found = [type(part), *own, *own.values()]
+    for name in _TREE:
+        found += own[name]
+        found += own[name].values()
+    return found
 
 
-def _is_still(part: nn.Module, held: tuple[Any, ...]) -> bool:
-    kind, names, values, tree, empty = held
+def _is_still(part: nn.Module, held: list[Any]) -> bool:
+    found = _snapshot(part)
     own: dict[str, Any] = part.__dict__
-    return (
-        type(part) is kind
-        and list(own) == names
-        and all(map(operator.is_, own.values(), values))
-        and not any(empty)
-        and [id(item) for name in _TREE for pair in own[name].items() for item in pair] == [*map(id, tree)]
-    )
+    return len(found) == len(held) and all(map(operator.is_, found, held)) and not any([own[n] for n in _OWN_DICTS])

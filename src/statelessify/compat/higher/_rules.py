@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import optim
-from ...optim._rule import Lists, Rule, is_plain
+from ...optim._rule import Lists, Rule, accept, is_plain
 from ...optim._work import is_uniform
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer
@@ -67,9 +67,10 @@ class RuleOptimizer(DifferentiableOptimizer):
         rule, values, at_once = self._rule(index)
         places = [place for place, grad in enumerate(grads) if grad is not None]
         leaves: list[Tensor] = [params[place] for place in places]
-        gradients = [_dense(grad) for grad in grads if grad is not None]
-        for place, leaf in zip(places, leaves, strict=True):
-            rule.check(f"{place}` of group `{index}", leaf)
+        gradients = [g if g.layout is torch.strided else g.to_dense() for g in grads if g is not None]
+        if rule.check is not accept:
+            for place, leaf in zip(places, leaves, strict=True):
+                rule.check(f"{place}` of group `{index}", leaf)
         if at_once is not None and leaves and is_uniform(leaves) and is_uniform(gradients):
             new, _ = at_once(leaves, gradients, {}, values)
             slots, counts = {}, ()
@@ -117,10 +118,6 @@ def _count(rule: Rule, state: dict[str, Any]) -> int:
     if rule.name in _UNCOUNTED:
         return int(state.get("momentum_buffer") is not None)
     return int(state.get("step", 0))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _slot(rule: Rule, slot: str, state: dict[str, Any], leaf: Tensor) -> Tensor:
