@@ -27,7 +27,8 @@ TEST_COMMAND = "python -m pip install nox && python -m nox -s tests"
 
 
 @pytest.mark.parametrize(
-    "module_name", ["statelessify", "statelessify.optim", "statelessify.errors", "statelessify.rules"]
+    "module_name",
+    ["statelessify", "statelessify.optim", "statelessify.errors", "statelessify.rules", "statelessify.compat.higher"],
 )
 def test_all_names_exactly_what_is_public(module_name: str) -> None:
     module = importlib.import_module(module_name)

@@ -10,7 +10,7 @@ optimizers are the rules of `statelessify.optim`. `docs/from-higher.md` lists wh
 """
 
 from . import optim, patch, utils
-from ._alias import register
+from ._alias import register as _register
 from ._context import innerloop_ctx
 from ._differences import DifferenceWarning
 from .optim import create_diff_optim, get_diff_optim, register_optim
@@ -28,4 +28,4 @@ __all__ = [
     "utils",
 ]
 
-register()
+_register()
