@@ -54,7 +54,7 @@ def sgd(
     numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
     switches = {"nesterov": nesterov, "maximize": maximize}
     refuse_unknown("sgd", unknown, [*numbers, *switches])
-    if nesterov is True and (is_zero(momentum) or not is_zero(dampening)):
+    if nesterov is True and (is_zero(momentum) or not (is_zero(dampening) or isinstance(dampening, Tensor))):
         raise HyperparameterError(
             f"`nesterov=True` needs momentum and no dampening; given momentum={momentum!r}, dampening={dampening!r}"
         )

@@ -42,17 +42,17 @@ def patched_copy(
     `policy` makes the initial weights of the module's own; None: there are none yet.
     """
     layout = layout_of(module)
-    own = list(layout.weights.values())
+    own = layout.weights()
     target = None if device is None else torch.empty(0, device=device).device
     initial: list[Tensor] = []
     if policy == "clone" and target is None and own and is_uniform(own):
         initial = list(cast("Any", torch)._foreach_clone(own))  # one node of the graph for all
     elif policy is not None:
         initial = [copied(weight, policy, target) for weight in own]
-    buffers = {id(buffer): own_buffer(buffer, device) for buffer in layout.buffers}
+    buffers = {id(buffer): own_buffer(buffer, device) for buffer in layout.buffers()}
     copies = layout.copies(module, initial, buffers)
     copy = copies[0]
-    fast = FastWeights(list(layout.weights), [weight.shape for weight in own], copy, layout.watched)
+    fast = FastWeights(layout.names, [weight.shape for weight in own], copy, layout.watched)
     for patched, indices in zip(copies, layout.indices, strict=True):
         fast.include(patched, indices)
     if policy is not None:
@@ -72,12 +72,11 @@ def own_buffer(buffer: Tensor, device: Any = None) -> Tensor:
 class Layout:
     """Where a module's weights and buffers stand, and how it is copied.
 
-    It does not hold the module itself, so that it may be kept as long as the module lives.
+    It holds none of the module's parts and tensors, so that it may be kept as long as the module lives.
 
     Attributes:
-        weights: each weight by its first name, in the order of ``module.parameters()``.
-        indices: for each part, the index in `weights` of each of its own.
-        buffers: each buffer once.
+        names: the first name of each weight, in the order of ``module.parameters()``.
+        indices: for each part, the index of each of its own weights.
         watched: what calls of patched copies have shown; an inner loop makes a new one, whose first call would be slow.
     """
 
@@ -86,43 +85,56 @@ class Layout:
         check_supported(named)
         _note_differences(named)
         self.watched = watched
-        self.weights: dict[str, Tensor] = {}
+        self.names: list[str] = []
         self.indices: list[dict[str, int]] = []
+        weights: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
         index: dict[int, int] = {}
         for prefix, part in named:
-            for name, weight in part._parameters.items():
-                if weight is not None and id(weight) not in index:
-                    index[id(weight)] = len(index)
-                    self.weights[f"{prefix}.{name}" if prefix else name] = weight
-            self.indices.append({name: index[id(w)] for name, w in part._parameters.items() if w is not None})
+            own = {name: weight for name, weight in part._parameters.items() if weight is not None}
+            for name, weight in own.items():
+                if id(weight) not in index:
+                    index[id(weight)], weights[id(weight)] = len(index), weight
+                    self.names.append(f"{prefix}.{name}" if prefix else name)
+            self.indices.append({name: index[id(weight)] for name, weight in own.items()})
             buffers.update({id(b): b for b in part._buffers.values() if isinstance(b, Tensor)})
-        self.buffers = list(buffers.values())
         parts = [part for _, part in named]
-        self._below = parts[1:]
+        self._weights = [weakref.ref(weight) for weight in weights.values()]
+        self._buffers = [weakref.ref(buffer) for buffer in buffers.values()]
+        self._below = [weakref.ref(part) for part in parts[1:]]
         self._classes = [class_of(part, part is module) for part in parts]
         self._known_rules = len(RULES)
-        inside = _Inside(parts, index.keys() | buffers.keys(), list(self.weights.values()))
+        inside = _Inside(parts, weights.keys() | buffers.keys(), list(weights.values()))
         self._simple = all(_is_simple(part, inside) for part in parts)
-        self.lasting = self._simple and all(map(_is_lasting, parts))
-        self._held = [_snapshot(part) for part in parts] if self.lasting else []
+        self._lasting = self._simple and all(map(_is_lasting, parts))
+        self._held = [Snapshot(part) for part in parts] if self._lasting else []
+
+    def weights(self) -> list[Tensor]:
+        return cast("list[Tensor]", [weight() for weight in self._weights])
+
+    def buffers(self) -> list[Tensor]:
+        return cast("list[Tensor]", [buffer() for buffer in self._buffers])
+
+    def _parts(self, module: nn.Module) -> list[nn.Module]:
+        return [module, *cast("list[nn.Module]", [part() for part in self._below])]
 
     def still(self, module: nn.Module) -> bool:
         """Whether the module is as it was when this was made."""
-        same = self.lasting and self._known_rules == len(RULES)
-        return same and all(map(_is_still, (module, *self._below), self._held))
+        if not self._lasting or self._known_rules != len(RULES):
+            return False
+        return all(map(Snapshot.still, self._held, self._parts(module)))
 
     def copies(self, module: nn.Module, initial: list[Tensor], buffers: dict[int, Tensor]) -> list[nn.Module]:
         """A patched copy of each part, the module itself first; weights are vacant where there are no initial ones."""
-        own = list(self.weights.values())
-        replaced: dict[int, Any] = {id(weight): new for weight, new in zip(own, initial, strict=False)}
-        parts = [module, *self._below]
+        own, parts = self.weights(), self._parts(module)
+        named = dict(zip(self.names, own, strict=True))
         if self._simple:
-            return _simple_copies(parts, self._classes, {**(replaced or vacancies(self.weights)), **buffers})
+            new = dict(zip(map(id, own), initial, strict=True)) if initial else vacancies(named)
+            return _simple_copies(parts, self._classes, {**new, **buffers})
         inside = _Inside(parts, {*map(id, own), *buffers}, own)
         shared = {id(value): value for part in parts for value in _attributes(part) if not inside.leads(value)}
-        views = views_of(self.weights, reachable(module))
-        copy = copy_structure(module, {**shared, **vacancies(self.weights), **buffers, **views})
+        views = views_of(named, reachable(module))
+        copy = copy_structure(module, {**shared, **vacancies(named), **buffers, **views})
         back = leads_back(copy, module, state=False)
         if back is not None:
             raise ModuleError(
@@ -259,17 +271,35 @@ def _never_changes(value: Any) -> bool:
     return type(value) is tuple and _PLAIN.issuperset(map(type, cast("Any", value)))
 
 
-def _snapshot(part: nn.Module) -> list[Any]:
-    """What a part is made of, to compare object by object: its class, its attributes, and what stands in its dicts."""
+class Snapshot:
+    """What a part is made of, to compare object by object; parts and tensors are not kept alive."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._plain = _plain_of(part)
+        self._tree = [None if item is None else weakref.ref(item) for item in _tree_of(part)]
+
+    def still(self, part: nn.Module | None) -> bool:
+        """Whether a part is as it was; None: it is gone."""
+        if part is None:
+            return False
+        plain, tree = _plain_of(part), _tree_of(part)
+        return (
+            len(plain) == len(self._plain)
+            and all(map(operator.is_, plain, self._plain))
+            and len(tree) == len(self._tree)
+            and all(item is (None if ref is None else ref()) for item, ref in zip(tree, self._tree, strict=True))
+            and not any(part.__dict__[name] for name in _OWN_DICTS)
+        )
+
+
+def _plain_of(part: nn.Module) -> list[Any]:
+    """The class of a part, and its names and attributes without tensors and parts."""
     own: dict[str, Any] = part.__dict__
-    found = [type(part), *own, *own.values()]
+    found = [type(part), *own, *[value for value in own.values() if type(value) is not dict]]
     for name in _TREE:
         found += own[name]
-        found += own[name].values()
     return found
 
 
-def _is_still(part: nn.Module, held: list[Any]) -> bool:
-    found = _snapshot(part)
-    own: dict[str, Any] = part.__dict__
-    return len(found) == len(held) and all(map(operator.is_, found, held)) and not any([own[n] for n in _OWN_DICTS])
+def _tree_of(part: nn.Module) -> list[Any]:
+    return [*part._parameters.values(), *part._buffers.values(), *part._modules.values()]

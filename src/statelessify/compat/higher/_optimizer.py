@@ -131,8 +131,6 @@ class DifferentiableOptimizer(abc.ABC):
                 "a step takes the gradient of a loss that has been computed, which torch cannot do inside torch.func "
                 "or vmap; write the loss as a function, and use `statelessify.adapt` or `adapt_tasks`"
             )
-        if override is not None:
-            self._apply_override(override)
         fast = weights_of(self._fmodel) if isinstance(self._fmodel, MonkeyPatchBase) else None
         latest = getattr(self._fmodel, "fast_params", None) if fast is None else fast.history and fast.history[-1]
         if params is None and latest is None:
@@ -144,10 +142,17 @@ class DifferentiableOptimizer(abc.ABC):
         callback = self._grad_callback if grad_callback is None else grad_callback
         if callback is not None:
             gradients = callback(gradients)
-        for group, places in zip(self.param_groups, self._places, strict=True):
-            group["params"] = [current[place] for place in places]
-        self._update([[gradients[place] for place in places] for places in self._places])
-        new = self._collect(current)
+        groups, states = [group.copy() for group in self.param_groups], self._copied_state()
+        try:
+            if override is not None:
+                self._apply_override(override)
+            for group, places in zip(self.param_groups, self._places, strict=True):
+                group["params"] = [current[place] for place in places]
+            self._update([[gradients[place] for place in places] for places in self._places])
+            new = self._collect(current)
+        except BaseException:
+            self.param_groups[:], self.state[:] = groups, states
+            raise
         if fast is not None:
             fast.push(new) if self._keeps_shapes else fast.store(new)
         elif self._fmodel is not None:
@@ -157,6 +162,14 @@ class DifferentiableOptimizer(abc.ABC):
     def _recording(self) -> bool:
         """Whether the step is part of the graph."""
         return self._track_higher_grads and torch.is_grad_enabled()
+
+    def _copied_state(self) -> list[Any]:
+        """The state, to go back to should the update fail."""
+        copies = [state.copy() for state in self.state]
+        for state in copies:
+            for index, own in state.items():
+                state[index] = own.copy()
+        return copies
 
     def _gradients(self, loss: Tensor, params: list[Tensor], fast: FastWeights | None) -> tuple[Tensor | None, ...]:
         reached = [p for p in params if p.requires_grad]

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from ..._words import listed
 from ...errors import FastWeightsError, HyperparameterError, OptimizerError
+from ._arithmetic import add as _add
+from ._arithmetic import addcdiv as _addcdiv
+from ._arithmetic import addcmul as _addcmul
+from ._arithmetic import mask_closure as _get_mask_closure
+from ._arithmetic import maybe_mask as _maybe_mask
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer, Override, check_lengths
 from ._rules import (
@@ -51,6 +56,9 @@ __all__ = [
     "get_trainable_opt_params",
     "register_optim",
 ]
+
+# What the authors of differentiable optimizers import, private as it is.
+_FOR_AUTHORS = (_add, _addcdiv, _addcmul, _get_mask_closure, _maybe_mask)
 
 _REGISTERED: dict[Any, type[DifferentiableOptimizer]] = {
     torch.optim.Adadelta: DifferentiableAdadelta,
@@ -212,6 +220,9 @@ def register_optim(optim_type: Any, diff_optim_type: type[DifferentiableOptimize
 # Hyperparameters that learn ----------------------------------------------------------------------------------------
 
 
+_NOT_LEARNED = ("params", "param_names", "ns_steps")  # the last is a number of iterations
+
+
 def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | str | None = None) -> Override:
     """The numbers in the groups of an optimizer as tensors that require gradients, in the form of `override`.
 
@@ -236,7 +247,7 @@ def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | 
     for group in opt.param_groups:
         for name, value in group.items():
             leaves = flatten(value)
-            if name in ("params", "param_names") or not all(isinstance(leaf, (int, float)) for leaf in leaves):
+            if name in _NOT_LEARNED or not all(isinstance(leaf, (int, float)) for leaf in leaves):
                 continue
             if any(isinstance(leaf, bool) for leaf in leaves):
                 differs("bools")
@@ -269,32 +280,39 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
         for name, values in override.items()
         for index, group in enumerate(groups)
     ]
-    found = [_written(value, group.get(name), name) for group, name, value in new]
+    copies: list[tuple[Tensor, Tensor]] = []
+    found = [_written(value, group.get(name), name, copies) for group, name, value in new]
     for (group, name, _), value in zip(new, found, strict=True):
         group[name] = value
+    for old, value in copies:
+        old.data = value
 
 
-def _as_many(value: Any, old: Any) -> bool:
-    return len(value) == len(old)
-
-
-def _written(value: Any, old: Any, name: str) -> Any:
-    """What stands for `value` where `old` stands."""
+def _written(value: Any, old: Any, name: str, copies: list[tuple[Tensor, Tensor]]) -> Any:
+    """What stands for `value` where `old` stands. A tensor stays the same one; what it gets is put into `copies`."""
     if isinstance(value, Tensor) and isinstance(old, Tensor):
-        return value.detach().to(old.device, old.dtype).clone()
+        copies.append((old, value.detach().to(old.device, copy=True)))
+        return old
     if isinstance(value, Tensor) and isinstance(old, (bool, int, float)):
         number = value.item()
         if type(old) is int and number != int(number):
             differs("whole")
             return number
         return type(old)(number)
+    kind = cast("Any", type(old))
     if isinstance(value, dict) and isinstance(old, dict) and value.keys() == old.keys():
-        old, value = cast("dict[Any, Any]", old), cast("dict[Any, Any]", value)
-        return type(old)({key: _written(value[key], item, name) for key, item in old.items()})
-    if isinstance(value, (list, tuple)) and isinstance(old, (list, tuple)) and _as_many(value, old):
+        given, before = cast("dict[Any, Any]", value), cast("dict[Any, Any]", old)
+        return kind({key: _written(given[key], item, name, copies) for key, item in before.items()})
+    both_sets = isinstance(value, set) and isinstance(old, set)
+    if (both_sets or (isinstance(value, (list, tuple)) and isinstance(old, (list, tuple)))) and _as_many(value, old):
         pairs = zip(cast("Any", value), cast("Any", old), strict=True)
-        return type(cast("Any", old))([_written(*pair, name) for pair in pairs])
+        items = [_written(*pair, name, copies) for pair in pairs]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
     raise HyperparameterError(
         f"in `override[{name!r}]`, {value!r} cannot stand where the optimizer has {old!r}: give a tensor for a number, "
         "and a container of the same form for a container"
     )
+
+
+def _as_many(value: Any, old: Any) -> bool:
+    return len(value) == len(old)
