@@ -71,19 +71,21 @@ def check_is_module(module: Any) -> None:
         raise ModuleError(f"`module` is {type(module).__name__}, not a torch.nn.Module; pass the module itself")
 
 
-def check_supported(parts: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse, by name, parts of a module that have no pure form."""
+def check_supported(
+    parts: Iterable[tuple[str, nn.Module]], first: str = "pass `example_args=(x,)`, or call the module once first"
+) -> None:
+    """Refuse, by name, parts of a module that have no pure form; `first` is what helps with a lazy one."""
     for path, part in parts:
         lazy = [name for own in (part._parameters, part._buffers) for name, t in own.items() if is_uninitialized(t)]
         compiled = "_orig_mod" in part._modules and type(part).__name__ == "OptimizedModule"
         if lazy or compiled or isinstance(cast("Any", part), _UNSUPPORTED):
-            raise _unsupported(f"submodule `{path}`" if path else "`module`", part, lazy)
+            raise _unsupported(f"submodule `{path}`" if path else "`module`", part, lazy, first)
 
 
 _UNSUPPORTED = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def _unsupported(where: str, part: nn.Module, lazy: list[str]) -> ModuleError:
+def _unsupported(where: str, part: nn.Module, lazy: list[str], first: str) -> ModuleError:
     kind = type(part).__name__
     if isinstance(part, torch.jit.ScriptModule):
         return ModuleError(f"{where} is a ScriptModule ({kind}), whose tensors are compiled in; pass the Python module")
@@ -93,8 +95,7 @@ def _unsupported(where: str, part: nn.Module, lazy: list[str]) -> ModuleError:
         )
     if lazy:
         return LazyModuleError(
-            f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; "
-            "pass `example_args=(x,)`, or call the module once first"
+            f"{where} ({kind}) is a lazy module that has not seen an input yet: `{lazy[0]}` has no shape; {first}"
         )
     return ModuleError(
         f"{where} is already compiled ({kind}); pass its `._orig_mod`, and compile the function that calls `apply` "

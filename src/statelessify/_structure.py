@@ -7,7 +7,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -151,18 +151,20 @@ def target_of(reference: weakref.ref[Any]) -> tuple[Any, Any]:
     return target, None
 
 
-def leads_back(copied: nn.Module, original: nn.Module, state: bool = True) -> str | None:
-    """The attribute of a copy, if there is one, through which it uses the original, or a `state` that is not its own.
+def leads_back(copied: nn.Module, original: nn.Module, parts: Set[int] | None = None) -> str | None:
+    """The attribute of a copy, if there is one, through which it uses the original, or a state that is not its own.
+
+    `parts`, the numbers of the original's parts, if only these are asked for.
 
     A dict with tensors as keys is one, because other tensors will stand in the slots; a generator cannot be copied.
     """
-    own = {id(item) for item in reachable(original) if isinstance(item, nn.Module)}
+    own = parts or {id(item) for item in reachable(original) if isinstance(item, nn.Module)}
     for prefix, part in named_parts(copied):
         for name, value in (*part.__dict__.items(), *slot_values(part)):
             for item in walk(value, lambda item: not isinstance(item, nn.Module) or id(item) in own):
                 target = target_of(cast("Any", item))[0] if isinstance(item, weakref.ref) else item
                 keyed = isinstance(item, dict) and any(isinstance(key, Tensor) for key in cast("Any", item))
-                if id(target) in own or (state and (keyed or isinstance(item, types.GeneratorType))):
+                if id(target) in own or (parts is None and (keyed or isinstance(item, types.GeneratorType))):
                     return f"{prefix}.{name}" if prefix else name
     return None
 

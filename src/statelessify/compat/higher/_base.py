@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,6 +43,12 @@ def weights_of(part: nn.Module) -> FastWeights:
     return part.__dict__["_statelessify_weights"]
 
 
+def _of_root(part: nn.Module, name: str) -> FastWeights:
+    if not cast("Any", type(part))._statelessify.as_root:
+        raise AttributeError(f"`{name}` is the root's: this is a part of a patched module")
+    return weights_of(part)
+
+
 class MonkeyPatchBase(nn.Module):
     """What every patched module, and every part of one, is an instance of, beside its own class."""
 
@@ -75,6 +82,17 @@ class MonkeyPatchBase(nn.Module):
     @Member
     def _fast_params(self) -> list[list[Tensor]] | None:
         return weights_of(self).history
+
+    @Member
+    def update_params(self) -> Callable[[Iterable[Tensor]], None]:
+        """``update_params(params)`` makes these the latest weights; it is the root's."""
+        return _of_root(self, "update_params").store
+
+    @Member
+    def boxed_forward(self) -> Callable[..., Any]:
+        """The forward of the module's own class, with the weights that are in place."""
+        _of_root(self, "boxed_forward")
+        return partial(cast("Any", type(self))._statelessify.kind.forward, self)
 
     @Member
     def is_root(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import inspect
 import types
@@ -16,7 +17,8 @@ from torch._C import _current_graph_task_id as running_backward
 
 from ..._structure import copy_structure, named_parts
 from ..._transforms import transforming
-from ...rules._registry import Rule, holds, rule_of_class
+from ...errors import DtypeError
+from ...rules._registry import Rule, Watched, holds, rule_of_class
 from ._base import MonkeyPatchBase, weights_of
 from ._differences import differs
 from ._pure import call_purely
@@ -32,15 +34,12 @@ class Patch(NamedTuple):
         kind: the module's own class.
         as_root: whether it is for roots; otherwise for parts.
         call: what a call of the module's own class runs, hooks and all.
-        forward: its forward, or that of the rule which holds for it.
-        takes_params: whether its forward has an argument `params` of its own.
+        rule: what is computed instead of its forward, on its occasion.
     """
 
     kind: type[nn.Module]
     as_root: bool
     call: Callable[..., Any]
-    forward: Callable[..., Any]
-    takes_params: bool
     rule: Rule | None
 
 
@@ -57,16 +56,15 @@ def patched_class(kind: type[nn.Module], as_root: bool, rule: Rule | None) -> ty
     members["__call__"] = _call_root if as_root else _call_part
     if not as_root and kind.__call__ is not nn.Module.__call__:
         members["__call__"] = _call_part_of_own_call
-    own_forward = kind.forward
-    if rule is not None:
-        own_forward = members["forward"] = _forward_by_rule
-    members["_statelessify"] = Patch(kind, as_root, call, own_forward, _takes_params(kind), rule)
-    if as_root:
-        members["forward"] = _forward_of_root
+    members["_statelessify"] = Patch(kind, as_root, call, rule)
+    if as_root or rule is not None:
+        members["forward"] = _forward_of_root if as_root else _own_forward
     if kind.__getattr__ is not nn.Module.__getattr__:
         del members["__getattr__"]
     if hasattr(kind, "flatten_parameters"):
         members["flatten_parameters"] = _flatten_nothing
+    if issubclass(kind, (nn.ParameterList, nn.ParameterDict)):
+        members["__setitem__"] = _setitem
     if issubclass(kind, nn.RNNBase):
         members["_flat_weights"], members["_flat_weight_refs"] = _FLAT_WEIGHTS, _FLAT_WEIGHT_REFS
     name = ("Functional" if as_root else "InnerFunctional") + kind.__name__
@@ -92,8 +90,8 @@ def _call_root(self: Any, *args: Any, params: Iterable[Tensor] | None = None, **
 def _forward_of_root(self: Any, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
     """The forward of the module's own class; `params` as in a call."""
     if params is None and self.__dict__["_statelessify_weights"].calling:
-        return self._statelessify.forward(self, *args, **kwargs)
-    return _run(self, self._statelessify.forward, params, args, kwargs)
+        return _own_forward(self, *args, **kwargs)
+    return _run(self, _own_forward, params, args, kwargs)
 
 
 def _run(
@@ -109,7 +107,7 @@ def _run(
     if params is not None:
         fast.store(params)
     else:
-        fast.install(fast.latest())  # whose list may have been written into
+        fast.refresh()
     outer, fast.calling = fast.calling, True
     try:
         if fast.watched.entered and not fast.watched.met:  # no function with a rule has been met: no mode is needed
@@ -132,7 +130,7 @@ def _call_part_of_own_call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _call_part_with(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     fast, params = weights_of(self), None
-    if "params" in kwargs and fast.calling and self._statelessify.takes_params:
+    if "params" in kwargs and fast.calling and _takes_params(self._statelessify.kind):
         differs("nested")
     elif "params" in kwargs:
         params = kwargs.pop("params")
@@ -140,6 +138,8 @@ def _call_part_with(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return _run_purely(self, params, args, kwargs)
     if params is not None:
         fast.store(_all_weights(self, params))
+    elif not fast.calling:
+        fast.refresh()
     return self._statelessify.call(self, *args, **kwargs)
 
 
@@ -166,7 +166,8 @@ def _all_weights(part: nn.Module, params: Iterable[Tensor]) -> list[Tensor]:
     return fast.checked(new)
 
 
-def _forward_by_rule(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _own_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's own class, or that of its rule where it holds."""
     patch: Patch = self._statelessify
     if patch.rule is not None and holds(patch.rule.when):
         return patch.rule.call(self, *args, **kwargs)
@@ -191,12 +192,23 @@ def _setattr(self: Any, name: str, value: Any) -> None:
     index = own.get("_statelessify_own", {}).get(name)
     if index is not None:
         own["_statelessify_weights"].replace(index, value)
+    elif isinstance(value, nn.Parameter) and name in own["_modules"]:
+        raise DtypeError(f"`{name}` is a submodule of `{type(self).__name__}`: assign a module or None to it")
+    elif isinstance(value, nn.Parameter) and name in own["_buffers"]:
+        own["_buffers"][name] = value
     elif isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or name in own["_parameters"]):
-        for entries in (own["_buffers"], own["_modules"]):
-            entries.pop(name, None)
         own[name] = value  # a plain attribute: there is no weight of that name to update
     else:
         self._statelessify.kind.__setattr__(self, name, value)
+
+
+def _setitem(self: Any, key: Any, value: Any) -> None:
+    """As `_setattr`: torch would make a parameter of the tensor, and so cut its graph."""
+    name = str(range(len(self))[key]) if isinstance(key, int) else key
+    if name in self.__dict__["_statelessify_own"]:
+        _setattr(self, name, value)
+    else:
+        self._statelessify.kind.__setitem__(self, key, value)
 
 
 def _flatten_nothing(self: Any) -> None:
@@ -233,13 +245,10 @@ def _parameters(self: nn.Module, recurse: bool = True, time: int | None = None) 
     return iter(found)
 
 
-def _update_params(self: nn.Module, params: Iterable[Tensor]) -> None:
-    """Make these the latest weights."""
-    weights_of(self).store(params)
-
-
-def _boxed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self._statelessify.forward(self, *args, **kwargs)
+def _train(self: Any, mode: bool = True) -> Any:
+    """Sets the mode, in which calls may come to other functions."""
+    weights_of(self).watched = Watched()
+    return self._statelessify.kind.train(self, mode)
 
 
 # Copies ------------------------------------------------------------------------------------------------------------
@@ -265,11 +274,17 @@ def _setstate(self: Any, state: dict[str, Any]) -> None:
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> nn.Module:
-    """A patched module with weights of its own, leaves, over all of its time."""
+    """A patched module with weights of its own, leaves, over all of its time; a part is copied with its root."""
     fast = weights_of(self)
+    root = None if fast.root is None else fast.root()
+    if root is not None and root is not self and any(part is self for part in root.modules()):
+        copy.deepcopy(root, memo)
+        return memo[id(self)]
     tensors = {id(t): t for weights in fast.history or () for t in weights}
     own = {key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in tensors.items()}
-    copied = memo[id(self)] = copy_structure(self, own)
+    copied = copy_structure(self, {**memo, **own})
+    memo.update({id(part): new for part, new in zip(self.modules(), copied.modules(), strict=True)})
+    memo.setdefault(id(memo), []).append([*tensors.values(), root])  # what it knows by number has to live on
     weights_of(copied).root = weakref.ref(copied) if self._statelessify.as_root else None
     return copied
 
@@ -283,6 +298,5 @@ _OF_ALL: dict[str, Any] = {
 }
 _OF_ROOTS: dict[str, Any] = {
     "parameters": _parameters,
-    "update_params": _update_params,
-    "boxed_forward": _boxed_forward,
+    "train": _train,
 }

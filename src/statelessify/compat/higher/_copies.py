@@ -49,7 +49,7 @@ def patched_copy(
         initial = list(cast("Any", torch)._foreach_clone(own))  # one node of the graph for all
     elif policy is not None:
         initial = [copied(weight, policy, target) for weight in own]
-    buffers = {id(buffer): own_buffer(buffer, device) for buffer in layout.buffers()}
+    buffers = layout.own_buffers(device)
     copies = layout.copies(module, initial, buffers)
     copy = copies[0]
     fast = FastWeights(layout.names, [weight.shape for weight in own], copy, layout.watched)
@@ -66,6 +66,10 @@ def own_buffer(buffer: Tensor, device: Any = None) -> Tensor:
     return own if device is None else own.to(device)
 
 
+def own_storage(buffer: Tensor) -> Any:
+    return buffer.untyped_storage().clone()
+
+
 # Layouts -----------------------------------------------------------------------------------------------------------
 
 
@@ -80,11 +84,16 @@ class Layout:
         watched: what calls of patched copies have shown; an inner loop makes a new one, whose first call would be slow.
     """
 
-    def __init__(self, module: nn.Module, watched: Watched) -> None:
+    def __init__(self, module: nn.Module) -> None:
         named = list(named_parts(module))
-        check_supported(named)
+        check_supported(named, "call the module once first")
+        for path, part in named:
+            if isinstance(part, MonkeyPatchBase):
+                raise FastWeightsError(
+                    f"submodule `{path}` is patched already ({type(part).__name__}); patch a module whose parts are not"
+                )
         _note_differences(named)
-        self.watched = watched
+        self.watched = Watched()
         self.names: list[str] = []
         self.indices: list[dict[str, int]] = []
         weights: dict[int, Tensor] = {}
@@ -101,6 +110,11 @@ class Layout:
         parts = [part for _, part in named]
         self._weights = [weakref.ref(weight) for weight in weights.values()]
         self._buffers = [weakref.ref(buffer) for buffer in buffers.values()]
+        places: dict[int, list[int]] = {}
+        for number, buffer in enumerate(buffers.values()):
+            if (place := storage_of(buffer)) is not None:
+                places.setdefault(place, []).append(number)
+        self._shared = [numbers for numbers in places.values() if len(numbers) > 1]
         self._below = [weakref.ref(part) for part in parts[1:]]
         self._classes = [class_of(part, part is module) for part in parts]
         self._known_rules = len(RULES)
@@ -112,8 +126,18 @@ class Layout:
     def weights(self) -> list[Tensor]:
         return cast("list[Tensor]", [weight() for weight in self._weights])
 
-    def buffers(self) -> list[Tensor]:
-        return cast("list[Tensor]", [buffer() for buffer in self._buffers])
+    def own_buffers(self, device: torch.device | str | None) -> dict[int, Tensor]:
+        """A copy of each buffer by the number of the original; buffers that share values go on to share them."""
+        found = cast("list[Tensor]", [buffer() for buffer in self._buffers])
+        own = {id(buffer): own_buffer(buffer, device) for buffer in found}
+        for shared in self._shared:
+            storage = own_storage(found[shared[0]])
+            for buffer in (found[index] for index in shared):
+                if own[id(buffer)].device != buffer.device:
+                    raise ModuleError("buffers that share their values cannot be moved: move the module first")
+                new = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+                own[id(buffer)] = new.set_(storage, buffer.storage_offset(), buffer.size(), buffer.stride())
+        return own
 
     def _parts(self, module: nn.Module) -> list[nn.Module]:
         return [module, *cast("list[nn.Module]", [part() for part in self._below])]
@@ -135,7 +159,7 @@ class Layout:
         shared = {id(value): value for part in parts for value in _attributes(part) if not inside.leads(value)}
         views = views_of(named, reachable(module))
         copy = copy_structure(module, {**shared, **vacancies(named), **buffers, **views})
-        back = leads_back(copy, module, state=False)
+        back = leads_back(copy, module, set(map(id, parts)))
         if back is not None:
             raise ModuleError(
                 f"`{back}` of `{type(module).__name__}` cannot be copied, and leads to the module's own parts; hold "
@@ -160,9 +184,9 @@ def layout_of(module: nn.Module) -> Layout:
     try:
         known = _LAYOUTS.get(module)
     except TypeError:  # a class with `__eq__` and without `__hash__`
-        return Layout(module, Watched())
+        return Layout(module)
     if known is None or not known.still(module):
-        known = _LAYOUTS[module] = Layout(module, Watched() if known is None else known.watched)
+        known = _LAYOUTS[module] = Layout(module)  # a change of mode may lead calls to other functions
     return known
 
 
@@ -247,8 +271,7 @@ def _simple_copies(
             own[name] = {key: replaced.get(id(item), item) for key, item in own[name].items()}
         own["_modules"] = {key: item if item is None else of[id(item)] for key, item in own["_modules"].items()}
         if isinstance(part, nn.RNNBase):
-            for name in _RNN_LISTS:
-                own.pop(name, None)
+            own.update({name: [] for name in _RNN_LISTS})
         for name in [name for name, value in own.items() if type(value) is Tensor and not value.requires_grad]:
             own[name] = own[name].detach().clone()
     return shells
@@ -283,11 +306,12 @@ class Snapshot:
         if part is None:
             return False
         plain, tree = _plain_of(part), _tree_of(part)
+        pairs = zip(tree, self._tree, strict=False)
         return (
             len(plain) == len(self._plain)
             and all(map(operator.is_, plain, self._plain))
             and len(tree) == len(self._tree)
-            and all(item is (None if ref is None else ref()) for item, ref in zip(tree, self._tree, strict=True))
+            and all(item is ref or (ref is not None and item is not None and item is ref()) for item, ref in pairs)
             and not any(part.__dict__[name] for name in _OWN_DICTS)
         )
 

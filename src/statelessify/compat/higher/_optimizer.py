@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -175,7 +176,7 @@ class DifferentiableOptimizer(abc.ABC):
         reached = [p for p in params if p.requires_grad]
         if not reached:
             return (None,) * len(params)
-        if fast is not None:
+        if fast is not None and fast.history and all(map(operator.is_, params, fast.history[-1])):
             fast.stepping = True  # what activation checkpointing reads now are the weights of this loss
         try:
             found = gradients_of(loss, reached, self._recording())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -28,6 +29,10 @@ def call_purely(part: nn.Module, params: Sequence[Tensor], args: tuple[Any, ...]
                 given[path] = params[index]
         if "_statelessify_own" in plain.__dict__:
             del plain.__dict__["_statelessify_own"], plain.__dict__["_statelessify_weights"]
+            if isinstance(plain, nn.RNNBase):
+                weights = [plain._parameters.get(name) for name in cast("Any", plain)._flat_weights_names]
+                plain.__dict__["_flat_weights"] = weights
+                plain.__dict__["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in weights]
             object.__setattr__(plain, "__class__", cast("Any", plain)._statelessify.kind)
     out, _ = Apply(template, slots)({}, given, *args, **kwargs)
     return out

@@ -6,7 +6,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,6 +17,7 @@ from ...optim._rule import Lists, Rule, accept, is_plain
 from ...optim._work import is_uniform
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer
+from .utils import flatten
 
 __all__ = [
     "DifferentiableASGD",
@@ -100,8 +101,7 @@ class RuleOptimizer(DifferentiableOptimizer):
             before, found = self._rules[index]
             if all(map(operator.is_, given, before)):
                 return found
-        options = {name: _one_number(group[name]) for name in self._known if name in group}
-        rule = cast("Rule", cast("Any", type(self).make(**options).init).__self__)
+        rule = _made(type(self).make, {name: _one_number(group[name]) for name in self._known if name in group})
         values = {**rule.hyperparameters, **rule.switches, **rule.choices}
         if "initial_accumulator_value" in values:
             values["initial_accumulator_value"] = 0  # torch has added it where it made the state
@@ -109,6 +109,18 @@ class RuleOptimizer(DifferentiableOptimizer):
         at_once = rule.lists if not rule.slots and is_plain(values) else None
         self._rules[index] = given, (rule, values, at_once)
         return rule, values, at_once
+
+
+def _made(make: Callable[..., Any], options: dict[str, Any]) -> Rule:
+    """The rule with these options; the same one again where they are plain, as in most inner loops."""
+    if all(value is None or isinstance(value, (bool, int, float, str)) for value in flatten(options)):
+        return _made_once(make, *[(name, repr(value), value) for name, value in options.items()])
+    return make(**options).init.__self__
+
+
+@lru_cache(maxsize=128)
+def _made_once(make: Callable[..., Any], *options: tuple[str, str, Any]) -> Rule:
+    return make(**{name: value for name, _, value in options}).init.__self__
 
 
 _UNCOUNTED = ("sgd", "muon")  # torch keeps no count of their steps: a momentum buffer says that there has been one

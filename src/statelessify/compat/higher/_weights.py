@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class FastWeights:
         self.tracking, self.calling, self.stepping, self.moves = True, False, False, 0
         self.root: weakref.ref[nn.Module] | None = weakref.ref(root)
         self.watched = watched
+        self._installed: list[Tensor] = []
 
     def include(self, part: nn.Module, indices: dict[str, int]) -> None:
         """Make a copy a part of the patched module; `indices` are those of its own weights, by attribute."""
@@ -100,7 +102,16 @@ class FastWeights:
             self.history = [new]
         self.install(new)
 
+    def refresh(self) -> None:
+        """Put the latest weights into their slots, whose list may have been written into."""
+        latest = self.latest()
+        if not all(map(operator.is_, latest, self._installed)):
+            latest = self.checked(latest)
+            self.moves += 1
+        self.install(latest)
+
     def install(self, params: Sequence[Tensor]) -> None:
+        self._installed = list(params)
         for entries, name, index in self.places:
             entries[name] = params[index]
 
@@ -143,10 +154,10 @@ class FastWeights:
     def refuse_late(self, name: str) -> None:
         """Refuse a weight that is read while a gradient is taken, if it may have been another one in forward.
 
-        Activation checkpointing runs forward again then. The step of an optimizer takes the gradient of a loss of the
-        latest weights; without tracking, no earlier ones are reached.
+        Activation checkpointing runs forward again then. Only the step of an optimizer is known to take the gradient of
+        a loss of the latest weights.
         """
-        if self.moves and self.tracking and not self.stepping:
+        if self.moves and not self.stepping:
             raise CheckpointError(
                 f"`{name}` is read in backward, by activation checkpointing or a hook, after the weights of the "
                 "patched module have changed: it would see other weights than forward did; switch checkpointing off "
