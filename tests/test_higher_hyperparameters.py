@@ -307,7 +307,7 @@ def test_an_optimizer_of_ones_own(track: bool) -> None:
         assert diffopt.state[0][0]["seen"].requires_grad is track
         assert (new[1] is params[1]) is track
     finally:
-        ours.optim._REGISTERED.pop(Halver, None)
+        ours.optim._opt_mapping.pop(Halver, None)
 
 
 # Helpers ------------------------------------------------------------------------------------------------------------

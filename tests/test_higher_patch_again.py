@@ -175,17 +175,33 @@ def test_any_sequence_of_changes(chosen: list[str], holds: bool) -> None:
         check_fresh(model)
 
 
+LATER: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda m: setattr(m, "activation", lambda x: x + m.head.bias.sum()),
+    "attribute of a child": lambda m: setattr(m.norm, "activation", lambda x: x + m.head.bias.sum()),
+    "hook": lambda m: m.norm.register_forward_hook(lambda part, args, out: out + m.head.bias.sum()),
+    "hook of the root": lambda m: m.register_forward_pre_hook(lambda part, args: (args[0] + m.head.bias.sum(),)),
+    "bound method": lambda m: setattr(m, "activation", m.head.forward),
+}
+
+
 @kinds
-def test_a_closure_made_later_leads_to_the_copy(kind: Any) -> None:
+@pytest.mark.parametrize("later", LATER)
+def test_what_leads_to_the_module_from_now_on_leads_to_the_copy(kind: Any, later: str) -> None:
     model, x = kind().eval(), torch.randn(5, 3)
-    check_fresh(model)
-    model.activation = lambda x: x + model.head.bias.sum()
+    if later == "bound method":
+        model.head = nn.Linear(2, 2)
+        model.norm = nn.Sequential(model.norm, nn.Linear(4, 2))
+    for _ in range(2):
+        higher.monkeypatch(model)(x)
+    LATER[later](model)
     fmodel = higher.monkeypatch(model)
     assert_close(fmodel(x), model(x))
-    fmodel.head.bias = torch.zeros(2)
+    new = others(fmodel)
+    out = fmodel(x, params=new)
     with torch.no_grad():
-        model.head.bias.zero_()
-    assert_close(fmodel(x), model(x))
+        for p, value in zip(model.parameters(), new, strict=True):
+            p.copy_(value)
+    assert_close(out, model(x))
 
 
 # ---------------------------------------------------------------- classes that change

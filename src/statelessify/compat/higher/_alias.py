@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -22,13 +23,21 @@ class Alias(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         ours = fullname.startswith(_ALIAS) and sys.modules.get("higher") is sys.modules.get(_OWN)
-        return ModuleSpec(fullname, self) if ours else None
+        return ModuleSpec(fullname, self) if ours and importlib.util.find_spec(_own_name(fullname)) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return importlib.import_module(f"{_OWN}.{spec.name.removeprefix(_ALIAS)}")
+        module = importlib.import_module(_own_name(spec.name))
+        spec.loader_state = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to execute: the module has been imported under its own name."""
+        """Nothing is executed again: the module has been imported under its own name, which it keeps."""
+        if module.__spec__ is not None and module.__spec__.loader_state is not None:
+            module.__spec__ = module.__spec__.loader_state
+
+
+def _own_name(name: str) -> str:
+    return f"{_OWN}.{name.removeprefix(_ALIAS)}"
 
 
 def register() -> None:

@@ -56,7 +56,7 @@ class MonkeyPatchBase(nn.Module):
     def fast_params(self) -> list[Tensor] | None:
         """The latest weights in the order of ``module.parameters()``, the list itself; None before there are any."""
         fast = weights_of(self)
-        return None if fast.history is None else fast.history[-1]
+        return fast.history[-1] if fast.history else None
 
     @fast_params.setter
     def fast_params(self, value: Iterable[Tensor]) -> None:
@@ -81,7 +81,16 @@ class MonkeyPatchBase(nn.Module):
 
     @Member
     def _fast_params(self) -> list[list[Tensor]] | None:
+        """All weights over time, the list itself, which programs shorten."""
         return weights_of(self).history
+
+    @_fast_params.setter
+    def _fast_params(self, value: list[list[Tensor]] | None) -> None:
+        weights_of(self).history = value
+
+    @_fast_params.deleter
+    def _fast_params(self) -> None:
+        weights_of(self).history = None
 
     @Member
     def update_params(self) -> Callable[[Iterable[Tensor]], None]:

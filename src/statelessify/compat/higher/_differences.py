@@ -6,6 +6,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
+
 __all__ = ["DifferenceWarning"]
 
 
@@ -37,7 +39,7 @@ DIFFERENCES = {
 """What is said, by place."""
 
 _said: set[str] = set()
-_HERE = str(Path(__file__).parent)
+_OWN = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
 def differs(place: str, **details: str) -> None:
@@ -46,9 +48,7 @@ def differs(place: str, **details: str) -> None:
         return
     _said.add(place)
     depth, frame = 1, sys._getframe()
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_HERE) or "torch" in frame.f_code.co_filename
-    ):
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_OWN)):
         depth, frame = depth + 1, frame.f_back
     said = DIFFERENCES[place].format(**details)
     warnings.warn(f"{said}; see docs/from-higher.md", DifferenceWarning, stacklevel=depth)

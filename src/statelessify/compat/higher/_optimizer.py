@@ -72,7 +72,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
         self._fmodel = fmodel
-        self._places: list[list[int]] = []
+        self._group_to_param_list: list[list[int]] = []
         self.param_groups, self.state = [], []
         index = {id(p): place for place, p in reversed(list(enumerate(reference)))}
         for group in other.param_groups:
@@ -84,7 +84,7 @@ class DifferentiableOptimizer(abc.ABC):
                     f"{tuple(group['params'][number].shape)}, is none of `reference_params`; pass all parameters of "
                     "the module that the optimizer was made with"
                 )
-            self._places.append([place for place in places if place is not None])
+            self._group_to_param_list.append([place for place in places if place is not None])
             state: collections.defaultdict[int, dict[str, Any]] = collections.defaultdict(dict)
             for number, p in enumerate(group["params"] if other.state else ()):
                 if p in other.state:
@@ -147,9 +147,9 @@ class DifferentiableOptimizer(abc.ABC):
         try:
             if override is not None:
                 self._apply_override(override)
-            for group, places in zip(self.param_groups, self._places, strict=True):
+            for group, places in zip(self.param_groups, self._group_to_param_list, strict=True):
                 group["params"] = [current[place] for place in places]
-            self._update([[gradients[place] for place in places] for places in self._places])
+            self._update([[gradients[place] for place in places] for places in self._group_to_param_list])
             new = self._collect(current)
         except BaseException:
             self.param_groups[:], self.state[:] = groups, states
@@ -199,7 +199,7 @@ class DifferentiableOptimizer(abc.ABC):
         """All weights after an update."""
         new = list(current)
         recording = self._recording()
-        for group, places in zip(self.param_groups, self._places, strict=True):
+        for group, places in zip(self.param_groups, self._group_to_param_list, strict=True):
             for index, place in enumerate(places):
                 p, before = group["params"][index], current[place]
                 if not recording:
@@ -207,7 +207,7 @@ class DifferentiableOptimizer(abc.ABC):
                         differs("frozen")
                     p = p.detach().requires_grad_(before.requires_grad)
                 new[place] = p
-            group["params"] = [None] * len(places)
+            group["params"] = [new[place] for place in places]
         if not recording:
             for state in self.state:
                 for index, own in state.items():

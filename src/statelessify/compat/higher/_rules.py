@@ -87,7 +87,9 @@ class RuleOptimizer(DifferentiableOptimizer):
         for row, place in enumerate(places):
             params[place] = new[row]
             if slots:
-                count = {} if rule.name in _UNCOUNTED else {"step": counts[row] + 1}
+                before = states[place].get("step")
+                step = before + 1 if isinstance(before, Tensor) else counts[row] + 1
+                count = {} if rule.name in _UNCOUNTED else {"step": step}
                 states[place] = {**count, **{slot: column[row] for slot, column in slots.items()}}
 
     def _rule(self, index: int) -> tuple[Rule, dict[str, Any], Lists | None]:
@@ -107,8 +109,16 @@ class RuleOptimizer(DifferentiableOptimizer):
             values["initial_accumulator_value"] = 0  # torch has added it where it made the state
         _note_differences(rule)
         at_once = rule.lists if not rule.slots and is_plain(values) else None
-        self._rules[index] = given, (rule, values, at_once)
+        if not any(map(_is_unsteady, given)):
+            self._rules[index] = given, (rule, values, at_once)
         return rule, values, at_once
+
+
+def _is_unsteady(value: Any) -> bool:
+    """Whether a hyperparameter may become another one and stay the same object: a list, or what a view is taken of."""
+    if isinstance(value, (list, tuple)):
+        return isinstance(value, list) or any(map(_is_unsteady, cast("tuple[Any, ...]", value)))
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _made(make: Callable[..., Any], options: dict[str, Any]) -> Rule:
@@ -144,7 +154,7 @@ def _one_number(value: Any) -> Any:
     """A hyperparameter as the rules take it: pairs are tuples, and a tensor with one entry is a number."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_one_number, cast("list[Any]", value)))
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+    return value.reshape(()) if isinstance(value, Tensor) and value.ndim and value.numel() == 1 else value
 
 
 def _note_differences(rule: Rule) -> None:

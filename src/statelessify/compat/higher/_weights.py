@@ -62,7 +62,7 @@ class FastWeights:
         self.install(params)
 
     def latest(self) -> list[Tensor]:
-        if self.history is None:
+        if not self.history:
             raise FastWeightsError(
                 "the patched module has no weights yet: pass them as `params=` in the call, or set `fast_params`; "
                 "`monkeypatch` gives it copies of the module's, `make_functional` none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -59,8 +59,13 @@ __all__ = [
 
 # What the authors of differentiable optimizers import, private as it is.
 _FOR_AUTHORS = (_add, _addcdiv, _addcmul, _get_mask_closure, _maybe_mask)
+_GroupedGradsType = list[list[Tensor]]
+_StateType = list[collections.defaultdict[int, Any]]
+_GradClosureType = Callable[[Tensor], Tensor]
+_OverrideType = dict[str, list[Any]]
+_GradCallbackType = Callable[[list[Tensor]], list[Tensor]]
 
-_REGISTERED: dict[Any, type[DifferentiableOptimizer]] = {
+_opt_mapping: dict[Any, type[DifferentiableOptimizer]] = {
     torch.optim.Adadelta: DifferentiableAdadelta,
     torch.optim.Adafactor: DifferentiableAdafactor,
     torch.optim.Adagrad: DifferentiableAdagrad,
@@ -190,13 +195,13 @@ def _dummy(p: Any) -> Tensor:
 
 
 def _differentiable(kind: Any) -> type[DifferentiableOptimizer]:
-    if kind not in _REGISTERED:
-        known = listed(sorted(each.__name__ for each in _REGISTERED))
+    if kind not in _opt_mapping:
+        known = listed(sorted(each.__name__ for each in _opt_mapping))
         raise OptimizerError(
             f"{getattr(kind, '__name__', kind)} is not known here: write a subclass of `DifferentiableOptimizer` and "
             f"register it with `register_optim`, or use `statelessify.optim.from_torch`; known are {known}"
         )
-    return _REGISTERED[kind]
+    return _opt_mapping[kind]
 
 
 def register_optim(optim_type: Any, diff_optim_type: type[DifferentiableOptimizer]) -> None:
@@ -214,7 +219,7 @@ def register_optim(optim_type: Any, diff_optim_type: type[DifferentiableOptimize
         ...             group["params"] = [p - group["lr"] * g.sign() for p, g in zip(group["params"], grads)]
         >>> register_optim(SignSGD, DifferentiableSignSGD)
     """
-    _REGISTERED[optim_type] = diff_optim_type
+    _opt_mapping[optim_type] = diff_optim_type
 
 
 # Hyperparameters that learn ----------------------------------------------------------------------------------------

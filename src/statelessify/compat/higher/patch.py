@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NamesError
+from . import utils
 from ._base import MonkeyPatchBase, weights_of
 from ._copies import own_buffer, patched_copy
 from ._differences import differs
 
 __all__ = ["buffer_sync", "make_functional", "monkeypatch"]
 
-_MonkeyPatchBase = MonkeyPatchBase
-"""The name under which programs import it, to ask `isinstance`."""
+# Names under which programs import them from here, private as they are.
+_MonkeyPatchBase, _torch, _typing, _utils = MonkeyPatchBase, torch, typing, utils
 
 
 def monkeypatch(
