@@ -43,9 +43,9 @@ class Patch(NamedTuple):
     rule: Rule | None
 
 
-def class_of(part: nn.Module, as_root: bool) -> type[MonkeyPatchBase]:
-    """The class of a patched copy of a part."""
-    return patched_class(type(part), as_root, rule_of_class(type(part)))
+def class_of(kind: type[nn.Module], as_root: bool) -> type[MonkeyPatchBase]:
+    """The class of patched modules that were of `kind`, with the rule that holds for it now."""
+    return patched_class(kind, as_root, rule_of_class(kind))
 
 
 @lru_cache(maxsize=1024)
@@ -263,7 +263,7 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 
 def _restored(kind: type[nn.Module], as_root: bool, *args: Any) -> nn.Module:
-    cls = patched_class(kind, as_root, rule_of_class(kind))
+    cls = class_of(kind, as_root)
     return cls.__new__(cls, *args)
 
 

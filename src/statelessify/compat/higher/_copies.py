@@ -56,7 +56,7 @@ def patched_copy(
     for patched, indices in zip(copies, layout.indices, strict=True):
         fast.include(patched, indices)
     if policy is not None:
-        fast.begin(initial)
+        fast.push(initial)
     return copy, own
 
 
@@ -64,10 +64,6 @@ def own_buffer(buffer: Tensor, device: Any = None) -> Tensor:
     """A copy of a buffer for a patched module."""
     own = buffer.detach().clone()
     return own if device is None else own.to(device)
-
-
-def own_storage(buffer: Tensor) -> Any:
-    return buffer.untyped_storage().clone()
 
 
 # Layouts -----------------------------------------------------------------------------------------------------------
@@ -89,8 +85,9 @@ class Layout:
         check_supported(named, "call the module once first")
         for path, part in named:
             if isinstance(part, MonkeyPatchBase):
+                where = f"submodule `{path}`" if path else "`module`"
                 raise FastWeightsError(
-                    f"submodule `{path}` is patched already ({type(part).__name__}); patch a module whose parts are not"
+                    f"{where} is patched already ({type(part).__name__}); patch the module that it was made of"
                 )
         _note_differences(named)
         self.watched = Watched()
@@ -116,7 +113,7 @@ class Layout:
                 places.setdefault(place, []).append(number)
         self._shared = [numbers for numbers in places.values() if len(numbers) > 1]
         self._below = [weakref.ref(part) for part in parts[1:]]
-        self._classes = [class_of(part, part is module) for part in parts]
+        self._classes = [class_of(type(part), part is module) for part in parts]
         self._known_rules = len(RULES)
         inside = _Inside(parts, weights.keys() | buffers.keys(), list(weights.values()))
         self._simple = all(_is_simple(part, inside) for part in parts)
@@ -131,7 +128,7 @@ class Layout:
         found = cast("list[Tensor]", [buffer() for buffer in self._buffers])
         own = {id(buffer): own_buffer(buffer, device) for buffer in found}
         for shared in self._shared:
-            storage = own_storage(found[shared[0]])
+            storage = found[shared[0]].untyped_storage().clone()
             for buffer in (found[index] for index in shared):
                 if own[id(buffer)].device != buffer.device:
                     raise ModuleError("buffers that share their values cannot be moved: move the module first")
@@ -177,10 +174,6 @@ _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictiona
 def layout_of(module: nn.Module) -> Layout:
     """The layout of a module, from before if nothing has changed: each inner loop asks for it."""
     check_is_module(module)
-    if isinstance(module, MonkeyPatchBase):
-        raise FastWeightsError(
-            f"`module` is patched already ({type(module).__name__}); patch the module that it was made of"
-        )
     try:
         known = _LAYOUTS.get(module)
     except TypeError:  # a class with `__eq__` and without `__hash__`

@@ -187,7 +187,7 @@ class DifferentiableOptimizer(abc.ABC):
         if len(reached) < len(params):
             remaining = iter(found)
             gradients = tuple(next(remaining) if p.requires_grad else None for p in params)
-        if reached and found[0] is None and all(gradient is None for gradient in found):
+        if found[0] is None and all(gradient is None for gradient in found):
             warnings.warn(
                 "the loss does not reach the weights that the step is for, which stay as they are: compute it with the "
                 "patched module (`fmodel(x)`, not `model(x)`) and after the last change of its weights",

@@ -6,6 +6,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, ClassVar, cast
 
@@ -53,15 +54,9 @@ class RuleOptimizer(DifferentiableOptimizer):
         self._rules: dict[int, tuple[list[Any], tuple[Rule, dict[str, Any], Lists | None]]] = {}
 
     def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **kwargs: Any) -> None:
-        if not self._recording():
-            with torch.no_grad():
-                self._update_groups(grouped_grads)
-        else:
-            self._update_groups(grouped_grads)
-
-    def _update_groups(self, grouped_grads: Sequence[Sequence[Tensor | None]]) -> None:
-        for index, grads in enumerate(grouped_grads):
-            self._update_group(index, grads)
+        with nullcontext() if self._recording() else torch.no_grad():
+            for index, grads in enumerate(grouped_grads):
+                self._update_group(index, grads)
 
     def _update_group(self, index: int, grads: Sequence[Tensor | None]) -> None:
         params, states = self.param_groups[index]["params"], self.state[index]

@@ -56,11 +56,6 @@ class FastWeights:
         for name, index in indices.items():
             self.places.append((entries, name, index))
 
-    def begin(self, params: list[Tensor]) -> None:
-        """Give the module its first weights."""
-        self.history = [params]
-        self.install(params)
-
     def latest(self) -> list[Tensor]:
         if not self.history:
             raise FastWeightsError(
