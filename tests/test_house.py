@@ -57,12 +57,12 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant _transforms _graph",
-            "rules _task_trees _pristine",
-            "_skeleton _tasks _checkpoint optim implicit",
-            "_effects _kept _gradient",
-            "_apply",
-            "_stateless _trial",
+            "_tree _partition _structure _vacant _transforms _graph _loop _random",
+            "rules _task_trees _pristine _attach _capture",
+            "_skeleton _tasks _lost optim implicit",
+            "_effects _kept _gradient _values",
+            "_apply _checkpoint",
+            "_stateless _trial _unroll _forward_mode _implicit",
             "_adapt explain",
             "_adapt_tasks",
             "compat testing distributed",

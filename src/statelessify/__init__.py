@@ -3,11 +3,11 @@
 from . import errors, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
-from ._gradient import FirstOrder, Unroll
 from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
 from ._tasks import over_tasks
 from ._tree import tree_copy, tree_stack, tree_unstack
+from ._unroll import FirstOrder, Unroll
 from .compat.higher.patch import buffer_sync, make_functional, monkeypatch
 from .explain import explain
 

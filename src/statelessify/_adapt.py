@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._gradient import Gradient, Unroll, value_and_grad
+from ._gradient import value_and_grad
+from ._loop import Gradient, State
 from ._transforms import OrdinaryTensors, ordinary, transforming
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
+from ._unroll import Unroll
 from .errors import HyperparameterError, LossError
 from .optim import Optimizer
 from .optim._checked import checked
@@ -84,33 +86,41 @@ def adapt(
     require_floating(params, "params")
     with outside_inference() as own:
         params, batch, opt_state, carry = own(params), own(batch), own(opt_state), own(carry)
-        state = (params, optimizer.init(params) if opt_state is None else opt_state, carry)
+        state = State(params, optimizer.init(params) if opt_state is None else opt_state, carry)
         if steps == 0:
             return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
-
-        call, update = scalar_loss(loss, carry is not None), checked(optimizer)
-
-        def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
-            params, opt_state, carry = state
-
-            def evaluate(params: Any) -> tuple[Tensor, Any]:
-                return call(params, carry, batch)
-
-            value, new_carry, grads = value_and_grad(
-                evaluate, params, differentiable, loss, {"batch": batch, "carry": carry}
-            )
-            if grad_transform is not None:
-                grads = grad_transform(grads)
-            params, opt_state = update(params, grads, opt_state)
-            return (params, opt_state, new_carry), value
-
-        def batch_at(index: int, state: Any) -> Any:
-            return own(batch(index, tree_detach(state[0]))) if callable(batch) else batch
-
+        loop = _Loop(loss, optimizer, grad_transform, batch, carry is not None, own)
         # A copy of each parameter that autograd can tell from the original: the loss may read the original as well.
-        state = (apart(params), *state[1:])
-        (params, opt_state, carry), losses = gradient.run(step, state, batch_at, steps)
-        return Adapted(params, opt_state, torch.stack(losses), carry)
+        final, losses = gradient.run(loop, state._replace(params=apart(params)), steps)
+        return Adapted(final.params, final.opt_state, torch.stack(tuple(losses)), final.carry)
+
+
+class _Loop(NamedTuple):
+    """The loop of one call."""
+
+    source: Loss
+    optimizer: Optimizer
+    grad_transform: GradTransform | None
+    batch: Batch
+    with_carry: bool
+    own: Callable[[Any], Any]
+
+    def step(self, state: State, batch: Any, differentiable: bool) -> tuple[State, Tensor]:
+        params, opt_state, carry = state
+        call = scalar_loss(self.source, self.with_carry)
+
+        def evaluate(params: Any) -> tuple[Tensor, Any]:
+            return call(params, carry, batch)
+
+        given = {"batch": batch, "carry": carry}
+        value, new_carry, grads = value_and_grad(evaluate, params, differentiable, self.source, given)
+        if self.grad_transform is not None:
+            grads = self.grad_transform(grads)
+        params, opt_state = checked(self.optimizer)(params, grads, opt_state)
+        return State(params, opt_state, new_carry), value
+
+    def batch_at(self, index: int, state: State) -> Any:
+        return self.own(self.batch(index, tree_detach(state.params))) if callable(self.batch) else self.batch
 
 
 # What `adapt` and `adapt_tasks` share ------------------------------------------------------------------------------
@@ -126,6 +136,7 @@ def check_loop(optimizer: Any, steps: Any, gradient: Any) -> None:
         raise HyperparameterError(f"`steps={steps!r}` is not a number of steps; write an integer, 0 or more")
     if isinstance(gradient, type) or not hasattr(gradient, "run"):
         raise HyperparameterError(f"`gradient={gradient!r}` is not a mode; write `Unroll()` or `FirstOrder()`")
+    gradient.check(steps)
 
 
 def loss_options(params: Any) -> Any:

@@ -7,13 +7,16 @@ gradient level: faster than ``vmap(grad(loss))``, and right to any order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
-from ._gradient import Gradient, Unroll, value_and_grad
+from ._gradient import value_and_grad
+from ._loop import Gradient, State
+from ._random import random_state, set_random_state
 from ._task_trees import (
     Mark,
     Tasks,
@@ -27,9 +30,10 @@ from ._task_trees import (
     shared,
     sliced,
 )
-from ._tasks import Mapper, random_state, set_random_state
+from ._tasks import Mapper
 from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
+from ._unroll import Unroll
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
 from .optim._checked import checked
@@ -120,10 +124,10 @@ def adapt_tasks(
                 "nothing says how many tasks there are: no tensor of `batches` has a task dimension; map something in "
                 "`in_dims`, or use `adapt`"
             )
-        run = _Run(loss, optimizer, grad_transform, Mapper(count, backend, randomness, chunk_size), carry is not None)
+        mapper = Mapper(count, backend, randomness, chunk_size)
         begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
 
-        def batch_at(index: int, state: _State) -> Tasks:
+        def batch_at(index: int, state: State) -> Tasks:
             if fixed is not None:
                 return fixed
             if index == 0 and first:
@@ -132,31 +136,27 @@ def adapt_tasks(
             count_tasks(params=per_task(state.params), batches=found)
             return found
 
-        final, losses = gradient.run(
-            run.step, _State(begin, _expanded_slots(state, count), known["carry"]), batch_at, steps
-        )
-        values = torch.stack(losses, 1) if losses else torch.zeros(count, 0, **loss_options(params))
+        loop = _Loop(loss, optimizer, grad_transform, mapper, carry is not None, batch_at)
+        start = State(begin, _expanded_slots(state, count), known["carry"])
+        final, losses = gradient.run(loop, start, steps) if steps else (start, ())
+        values = torch.stack(tuple(losses), 1) if losses else torch.zeros(count, 0, **loss_options(params))
         return Adapted(final.params, final.opt_state.expanded(count), values, final.carry.expanded(count))
 
 
-class _State(NamedTuple):
-    """What goes from step to step: parameters ``(tasks, ...)``, and two trees that may have shared leaves."""
+class _Loop(NamedTuple):
+    """The loop of one call. Of its state the parameters are ``(tasks, ...)``; the rest may have shared leaves."""
 
-    params: Any
-    opt_state: Tasks
-    carry: Tasks
-
-
-class _Run(NamedTuple):
-    """One call's choices; `step` is what the gradient mode is handed."""
-
-    loss: Loss
+    source: Loss
     optimizer: Optimizer
     grad_transform: GradTransform | None
     mapper: Mapper
     with_carry: bool
+    batches: Callable[[int, State], Tasks]
 
-    def step(self, state: _State, batch: Tasks, differentiable: bool) -> tuple[_State, Tensor]:
+    def batch_at(self, index: int, state: State) -> Tasks:
+        return self.batches(index, state)
+
+    def step(self, state: State, batch: Tasks, differentiable: bool) -> tuple[State, Tensor]:
         size = self.mapper.chunk_size
         if size is None or size >= self.mapper.tasks:
             values, carry, grads = self._gradient(state.params, state.carry, batch, differentiable)
@@ -165,29 +165,29 @@ class _Run(NamedTuple):
         if self.grad_transform is not None:
             grads = self.mapper(self.grad_transform, per_task((grads,)), self.grad_transform).tree
         params, opt_state = self._update(state.params, grads, state.opt_state)
-        return _State(params, opt_state, carry), values
+        return State(params, opt_state, carry), values
 
     def _gradient(self, params: Any, carry: Tasks, batch: Tasks, differentiable: bool) -> tuple[Tensor, Tasks, Any]:
-        call = scalar_loss(self.loss, self.with_carry)
+        call = scalar_loss(self.source, self.with_carry)
         mapped: list[list[bool]] = []
 
         def evaluate(params: Any) -> tuple[Tensor, Any]:
-            out = self.mapper(call, joined(per_task(params), carry, batch), self.loss)
+            out = self.mapper(call, joined(per_task(params), carry, batch), self.source)
             mapped.append(out.mapped[1:])
             return out.tree
 
         given = {"batches": batch.tree, "carry": carry.tree}
         try:
-            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
+            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.source, given)
         except LateUseError as error:  # backward runs a part of the module again, when vmap is over
-            if not self.mapper.fall_back(error, self.loss):
+            if not self.mapper.fall_back(error, self.source):
                 raise
-            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
+            values, carried, grads = value_and_grad(evaluate, params, differentiable, self.source, given)
         leaves, spec = tree_flatten(carried)
         return values, Tasks(leaves, mapped[-1], spec), grads
 
     def _gradient_in_chunks(
-        self, state: _State, batch: Tasks, differentiable: bool, size: int
+        self, state: State, batch: Tasks, differentiable: bool, size: int
     ) -> tuple[Tensor, Tasks, Any]:
         parts: list[tuple[Tensor, Tasks, Any]] = []
         numbers = random_state() if self.mapper.randomness == "same" else None

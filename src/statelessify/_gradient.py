@@ -1,4 +1,4 @@
-"""How a meta-gradient is obtained: the objects that `gradient=` takes, and the inner gradient that they share."""
+"""The gradient of an inner step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,57 +17,7 @@ from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unfl
 from .errors import DerivativeError
 from .rules._registry import rules, rules_here
 
-__all__ = ["FirstOrder", "Unroll"]
-
-Step = Callable[[Any, Any, bool], tuple[Any, Tensor]]
-"""``step(state, batch, differentiable) -> (state, loss)``: one inner update."""
-
-BatchAt = Callable[[int, Any], Any]
-"""``batch_at(index, state)``: the batch of a step; called once for each, in order."""
-
-
-class Gradient(Protocol):
-    """A way to differentiate an inner loop: it is handed the loop's step."""
-
-    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]: ...
-
-
-def _loop(step: Step, state: Any, batch_at: BatchAt, steps: int, differentiable: bool) -> tuple[Any, list[Tensor]]:
-    losses: list[Tensor] = []
-    for index in range(steps):
-        state, value = step(state, batch_at(index, state), differentiable)
-        losses.append(value)
-    return state, losses
-
-
-@dataclass(frozen=True)
-class Unroll:
-    """The exact meta-gradient: differentiate through every inner step.
-
-    It reaches the initial parameters, every hyperparameter, and whatever the loss reads: from its batch, its carry or
-    its closure. Memory grows with the number of steps.
-
-    Source: Maclaurin et al., Gradient-based hyperparameter optimization through reversible learning (ICML 2015);
-    Finn et al., Model-agnostic meta-learning (ICML 2017).
-    """
-
-    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]:
-        return _loop(step, state, batch_at, steps, differentiable=True)
-
-
-@dataclass(frozen=True)
-class FirstOrder:
-    """Inner gradients are constants: no second derivatives, and one step's memory.
-
-    Initial parameters keep an identity path and hyperparameters are reached; what only shapes the inner gradient (a
-    learned loss) is not. `Adapted.losses` are values.
-
-    Source: Finn et al., Model-agnostic meta-learning (ICML 2017), section 5.2.
-    """
-
-    def run(self, step: Step, state: Any, batch_at: BatchAt, steps: int) -> tuple[Any, list[Tensor]]:
-        return _loop(step, state, batch_at, steps, differentiable=False)
-
+__all__: list[str] = []
 
 _warned: set[Any] = set()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
+from ._random import random_state, set_random_state
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
     TreeSpec,
@@ -264,16 +265,3 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
     else:
         stacked = [stack_leaves(name, column) for name, column in zip(names, zip(*rows, strict=True), strict=True)]
     return Tasks(stacked, [isinstance(leaf, Tensor) for leaf in stacked], spec)
-
-
-def random_state() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

@@ -13,7 +13,7 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch._functorch.pyfunctorch import JvpInterpreter, VmapInterpreter, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +32,19 @@ def mapping() -> bool:
     if torch.compiler.is_compiling():
         return True
     return any(isinstance(level, VmapInterpreter) for level in retrieve_all_functorch_interpreters())
+
+
+def depth() -> int:
+    """How many functorch transforms are active here."""
+    level = peek_interpreter_stack()
+    return 0 if level is None else level.level()  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is taken here."""
+    if forward_ad._current_level >= 0:
+        return True
+    return any(isinstance(level, JvpInterpreter) for level in retrieve_all_functorch_interpreters())
 
 
 def levels(tensor: Tensor) -> Iterator[Tensor]:

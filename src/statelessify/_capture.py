@@ -1,0 +1,123 @@
+"""Tensors that a function reads past its arguments: found on a first run, and replaced on a later one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
+from torch.overrides import TorchFunctionMode
+
+from ._graph import nodes
+from ._transforms import depth, levels
+from ._vacant import Vacant
+from .errors import DerivativeError
+
+__all__: list[str] = []
+
+
+class Captures(TorchFunctionMode):
+    """Notes the tensors from outside that need a gradient, as functions meet them.
+
+    From outside is what a graph had made, or a leaf, before the mode began. What a function under the mode has made
+    is not, and neither is what belongs to a transform that began later.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self._known = {id(tensor) for tensor in known}
+        self._start = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+        self._depth = depth()
+        self._made: dict[int, Tensor] = {}  # leaves, by a number that no other tensor gets while they are held
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _each(self._note, args)
+        _each(self._note, kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.requires_grad and out.is_leaf and id(out) not in self.found:
+            self._made[id(out)] = out
+        return out
+
+    def new_step(self) -> None:
+        """Let go of the leaves that an earlier step has made."""
+        self._made.clear()
+
+    def _note(self, tensor: Tensor) -> None:
+        if isinstance(tensor, Vacant):  # a skeleton's slot, seen as its tensor goes in
+            return
+        below = tensor
+        while is_functorch_wrapped_tensor(below) and maybe_get_level(below) > self._depth:
+            below = get_unwrapped(below)
+        key = id(below)
+        if key in self.found or key in self._known or key in self._made or not self._outside(below):
+            return
+        if below is not tensor:
+            raise DerivativeError(
+                f"an inner step maps or differentiates with respect to a closed-over tensor of shape "
+                f"{tuple(below.shape)} that needs a gradient: it would be lost; pass the tensor in `batch`, or write "
+                "`gradient=Unroll()`"
+            )
+        self.found[key] = below
+
+    def _outside(self, tensor: Tensor) -> bool:
+        for seen in levels(tensor):
+            node: Any = seen.grad_fn
+            if seen.requires_grad and (node is None or node._sequence_nr() < self._start):
+                return True
+        return False
+
+
+class Replaced(TorchFunctionMode):
+    """Gives functions other tensors than those that they are called with."""
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*(_swapped(self._tensors, arg) for arg in args), **_swapped(self._tensors, kwargs or {}))
+        if isinstance(out, Tensor) and out.requires_grad and out.is_leaf:
+            self._made[id(out)] = out
+        return out
+
+    def check(self, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """An error where the graph of `results` ends in a tensor that is not an input: its gradient would be lost."""
+        own = {id(tensor) for tensor in inputs} | self._made.keys()
+        for node in nodes(results, inputs):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in own:
+                raise DerivativeError(
+                    f"an inner step reads a tensor of shape {tuple(leaf.shape)} that needs a gradient past torch's "
+                    "functions (an `autograd.Function` that is applied to a closed-over tensor, compiled code): its "
+                    "gradient cannot be recomputed; pass the tensor in `batch`, or write `gradient=Unroll()`"
+                )
+
+
+def _each(call: Callable[[Tensor], None], arg: Any) -> None:
+    if isinstance(arg, Tensor):
+        call(arg)
+    elif type(arg) in (list, tuple):
+        for item in arg:
+            _each(call, item)
+    elif type(arg) is dict:
+        for item in cast("dict[Any, Any]", arg).values():
+            _each(call, item)
+
+
+def _swapped(tensors: Mapping[int, Tensor], arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return tensors.get(id(arg), arg)
+    if type(arg) in (list, tuple):
+        return type(arg)(_swapped(tensors, item) for item in arg)
+    if type(arg) is dict:
+        return {key: _swapped(tensors, item) for key, item in cast("dict[Any, Any]", arg).items()}
+    return arg

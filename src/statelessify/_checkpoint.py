@@ -1,0 +1,139 @@
+"""Recomputation: inner steps that remember their inputs only, and run again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._attach import Function, Tensors, attach, detached, vjp
+from ._capture import Replaced
+from ._loop import Loop, State, Step
+from ._random import random_state, set_random_state
+from ._transforms import transforming, unwrapped
+from ._values import Split, Values, split
+from .errors import CheckpointError
+from .rules._registry import rules_here
+
+__all__: list[str] = []
+
+
+def checkpointed(loop: Loop, state: State, indices: Sequence[int]) -> tuple[State, list[Tensor]]:
+    """Some steps, of which only what goes in is remembered."""
+    begin = split(state)
+    values = Values(state)
+    batches: list[Split] = []
+    states: list[list[Tensor] | None] = []
+    losses: list[Tensor] = []
+    for index in indices:
+        batch = loop.batch_at(index, values.state)
+        batches.append(split(batch))
+        before = random_state()
+        losses.append(values.step(loop.step, batch))
+        states.append(None if _same(before, random_state()) else before)
+    last = split(values.state)
+    made = [t for t in last.tensors if values.handed_on(t) is None and (t.is_floating_point() or t.is_complex())]
+    made = list({id(tensor): tensor for tensor in made}.values())
+    tensors = [*begin.tensors, *(t for batch in batches for t in batch.tensors), *values.captures.found.values()]
+    inputs = list({id(tensor): tensor for tensor in tensors}.values())
+    positions = [next(i for i, t in enumerate(last.tensors) if t is tensor) for tensor in made]
+    block = _Block(loop.step, begin, batches, states, inputs, positions, [unwrapped(value) for value in losses])
+    attached = attach([*made, *losses], inputs, Recomputed(block))
+    new = {id(old): tensor for old, tensor in zip(made, attached, strict=False)}
+    values.state = last.joined([new.get(id(tensor), tensor) for tensor in last.tensors])
+    return values.rejoined(), attached[len(made) :]
+
+
+@dataclass(eq=False)  # a NamedTuple would be a tree to torch, which would take it apart
+class Recomputed:
+    """A pullback that runs its function again, and is recomputed itself where its own derivative is taken."""
+
+    fn: Function
+
+    def __call__(
+        self, inputs: Tensors, outputs: Tensors, cotangents: Tensors, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        count = len(inputs)
+
+        def pull(tensors: list[Tensor]) -> list[Tensor]:
+            with rules_here():
+                return vjp(self.fn, tensors[:count], wanted, once=True)[1](tensors[count:])
+
+        tensors = [*inputs, *cotangents]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                values = pull(detached(tensors))
+            found = attach([value.detach() for value in values], tensors, Recomputed(pull))
+        else:
+            found = pull(tensors)
+        remaining = iter(found)
+        return [next(remaining) if w else None for w in wanted]
+
+
+@dataclass(eq=False)
+class _Block:
+    """Some steps as a function of tensors alone: those of the state, of the batches, and captured ones."""
+
+    step: Step
+    begin: Split
+    batches: list[Split]
+    random: list[list[Tensor] | None]
+    inputs: list[Tensor]
+    results: list[int]
+    losses: list[Tensor]
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        new = {id(old): tensor for old, tensor in zip(self.inputs, tensors, strict=True)}
+
+        def of(part: Split) -> Any:
+            return part.joined([new[id(tensor)] for tensor in part.tensors])
+
+        state, values = of(self.begin), list[Tensor]()
+        replaced = Replaced(new)
+        with replaced:
+            for batch, random in zip(self.batches, self.random, strict=True):
+                with _random(random):
+                    state, value = self.step(state, of(batch), True)
+                values.append(value)
+        found = split(state).tensors
+        results = [*(found[place] for place in self.results), *values]
+        if not transforming():
+            replaced.check(results, tensors)
+        _check_repeats(self.losses, values)
+        return results
+
+
+def _check_repeats(before: list[Tensor], again: list[Tensor]) -> None:
+    """An error where a step does not compute what it computed the first time: its gradient would be another one's."""
+    for index, (old, new) in enumerate(zip(before, map(unwrapped, again), strict=True)):
+        close = torch.finfo(old.dtype).eps ** 0.5
+        if old.shape == new.shape and not torch.allclose(old, new.detach(), rtol=close, atol=close, equal_nan=True):
+            raise CheckpointError(
+                f"an inner step has another loss when it is computed again ({new.tolist()}, and {old.tolist()} the "
+                f"first time; step {index} of its block): something that it reads has changed since, or it draws "
+                "random numbers from a generator of its own; pass what changes in `batch` or `carry`, or leave "
+                "`checkpoint_every` out"
+            )
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(map(torch.equal, before, after))
+
+
+def _random(state: list[Tensor] | None) -> AbstractContextManager[None]:
+    return nullcontext() if state is None else _drawn_from(state)
+
+
+@contextmanager
+def _drawn_from(state: list[Tensor]) -> Generator[None]:
+    """Random numbers as from that state on; afterwards the state is what it was."""
+    now = random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(now)

@@ -1,0 +1,64 @@
+"""An inner loop as the modes of `gradient=` see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .typing import GradTransform
+
+__all__: list[str] = []
+
+
+class State(NamedTuple):
+    """What goes from step to step: three trees."""
+
+    params: Any
+    opt_state: Any
+    carry: Any
+
+
+Step = Callable[[State, Any, bool], tuple[State, Tensor]]
+"""``step(state, batch, differentiable) -> (state, loss)``: one inner update."""
+
+
+class Loop(Protocol):
+    """What a mode is handed.
+
+    Attributes:
+        source: the user's loss, for messages.
+        grad_transform: what is done to gradients before each update.
+    """
+
+    @property
+    def source(self) -> Callable[..., Any]: ...
+
+    @property
+    def grad_transform(self) -> GradTransform | None: ...
+
+    def step(self, state: State, batch: Any, differentiable: bool) -> tuple[State, Tensor]: ...
+
+    def batch_at(self, index: int, state: State) -> Any:
+        """The batch of a step; called once for each, in order."""
+        ...
+
+
+class Gradient(Protocol):
+    """A way to differentiate an inner loop."""
+
+    def check(self, steps: int) -> None:
+        """Refuse what this mode cannot do with so many steps."""
+        ...
+
+    def run(self, loop: Loop, state: State, steps: int) -> tuple[State, Sequence[Tensor]]: ...
+
+
+def unrolled(loop: Loop, state: State, indices: Sequence[int], differentiable: bool) -> tuple[State, list[Tensor]]:
+    """The steps one after the other, with whatever graph they make."""
+    losses: list[Tensor] = []
+    for index in indices:
+        state, value = loop.step(state, loop.batch_at(index, state), differentiable)
+        losses.append(value)
+    return state, losses
