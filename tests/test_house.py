@@ -58,7 +58,7 @@ LEVELS = {
         [
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph _loop _random",
-            "rules _task_trees _pristine _attach _capture",
+            "rules _task_trees _pristine _attach _capture _split",
             "_skeleton _tasks _lost optim implicit",
             "_effects _kept _gradient _values",
             "_apply _checkpoint",

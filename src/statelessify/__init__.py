@@ -1,8 +1,10 @@
 """PyTorch modules and optimizers as pure functions over pytrees, and meta-gradients in one line."""
 
-from . import errors, optim, rules, typing
+from . import errors, implicit, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
+from ._forward_mode import ForwardMode
+from ._implicit import Implicit
 from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
 from ._tasks import over_tasks
@@ -14,6 +16,8 @@ from .explain import explain
 __all__ = [
     "Adapted",
     "FirstOrder",
+    "ForwardMode",
+    "Implicit",
     "Stateless",
     "Unroll",
     "adapt",
@@ -22,6 +26,7 @@ __all__ = [
     "combine",
     "errors",
     "explain",
+    "implicit",
     "load_",
     "make_functional",
     "monkeypatch",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._attach import Function
 from ._gradient import value_and_grad
 from ._loop import Gradient, State
+from ._split import split
 from ._transforms import OrdinaryTensors, ordinary, transforming
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from ._unroll import Unroll
@@ -119,11 +121,31 @@ class _Loop(NamedTuple):
         params, opt_state = checked(self.optimizer)(params, grads, opt_state)
         return State(params, opt_state, new_carry), value
 
+    def gradient(self, params: Any, carry: Any, batch: Any) -> Any:
+        return gradient_of(self.source, params, carry, batch, self.with_carry)
+
+    def parts(self, carry: Any, batch: Any) -> tuple[Any, list[bool]]:
+        tree = (carry, batch)
+        return tree, [False] * len(split(tree).tensors)
+
+    def lift(self, fn: Function, mapped: Sequence[bool]) -> Function:
+        return fn
+
     def batch_at(self, index: int, state: State) -> Any:
         return self.own(self.batch(index, tree_detach(state.params))) if callable(self.batch) else self.batch
 
 
 # What `adapt` and `adapt_tasks` share ------------------------------------------------------------------------------
+
+
+def gradient_of(loss: Loss, params: Any, carry: Any, batch: Any, with_carry: bool) -> Any:
+    """The gradient of one task's loss, differentiable."""
+    call = scalar_loss(loss, with_carry)
+
+    def evaluate(params: Any) -> tuple[Tensor, Any]:
+        return call(params, carry, batch)
+
+    return value_and_grad(evaluate, params, True, loss, {"batch": batch, "carry": carry})[2]
 
 
 def check_loop(optimizer: Any, steps: Any, gradient: Any) -> None:

@@ -7,13 +7,14 @@ gradient level: faster than ``vmap(grad(loss))``, and right to any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
+from ._adapt import Adapted, apart, check_loop, gradient_of, loss_options, outside_inference, scalar_loss
+from ._attach import Function
 from ._gradient import value_and_grad
 from ._loop import Gradient, State
 from ._random import random_state, set_random_state
@@ -152,6 +153,20 @@ class _Loop(NamedTuple):
     mapper: Mapper
     with_carry: bool
     batches: Callable[[int, State], Tasks]
+
+    def gradient(self, params: Any, carry: Any, batch: Any) -> Any:
+        return gradient_of(self.source, params, carry, batch, self.with_carry)
+
+    def parts(self, carry: Tasks, batch: Tasks) -> tuple[Any, list[bool]]:
+        pairs = zip((*carry.leaves, *batch.leaves), (*carry.mapped, *batch.mapped), strict=True)
+        return (carry.tree, batch.tree), [mapped for leaf, mapped in pairs if isinstance(leaf, Tensor)]
+
+    def lift(self, fn: Function, mapped: Sequence[bool]) -> Function:
+        def over_tasks(tensors: list[Tensor]) -> list[Tensor]:
+            spec = tree_flatten((*tensors,))[1]
+            return self.mapper(lambda *each: fn(list(each)), Tasks(tensors, list(mapped), spec), self.source).leaves
+
+        return over_tasks
 
     def batch_at(self, index: int, state: State) -> Tasks:
         return self.batches(index, state)

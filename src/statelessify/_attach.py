@@ -36,10 +36,10 @@ def attach(values: Tensors, inputs: Tensors, pullback: Pullback, keep_outputs: b
             "this mode of `gradient=` has no forward derivative, which `torch.func.jvp`, `jacfwd` and "
             "`torch.func.hessian` take; write `gradient=Unroll()`, or use reverse mode (`grad`, `jacrev`)"
         )
-    if not values:
-        return []
-    out: Any = _Attached.apply(pullback, keep_outputs, len(values), *values, *inputs)
-    return list(out)
+    if not values or not (transforming() or any(tensor.requires_grad for tensor in inputs)):
+        return list(values)
+    apply: Any = _Attached.apply  # pyright: ignore[reportUnknownMemberType]
+    return list(apply(pullback, keep_outputs, len(values), *values, *inputs))
 
 
 class _Attached(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from ._attach import Function, Tensors, attach, detached, vjp
 from ._capture import Replaced
 from ._loop import Loop, State, Step
-from ._random import random_state, set_random_state
+from ._random import drawn_from, random_state
+from ._split import Split, split
 from ._transforms import transforming, unwrapped
-from ._values import Split, Values, split
+from ._values import Values
 from .errors import CheckpointError
 from .rules._registry import rules_here
 
@@ -96,7 +97,7 @@ class _Block:
         replaced = Replaced(new)
         with replaced:
             for batch, random in zip(self.batches, self.random, strict=True):
-                with _random(random):
+                with nullcontext() if random is None else drawn_from(random):
                     state, value = self.step(state, of(batch), True)
                 values.append(value)
         found = split(state).tensors
@@ -122,18 +123,3 @@ def _check_repeats(before: list[Tensor], again: list[Tensor]) -> None:
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:
     return all(map(torch.equal, before, after))
-
-
-def _random(state: list[Tensor] | None) -> AbstractContextManager[None]:
-    return nullcontext() if state is None else _drawn_from(state)
-
-
-@contextmanager
-def _drawn_from(state: list[Tensor]) -> Generator[None]:
-    """Random numbers as from that state on; afterwards the state is what it was."""
-    now = random_state()
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(now)

@@ -40,6 +40,18 @@ class Loop(Protocol):
 
     def step(self, state: State, batch: Any, differentiable: bool) -> tuple[State, Tensor]: ...
 
+    def gradient(self, params: Any, carry: Any, batch: Any) -> Any:
+        """The gradient of one task's loss, differentiable."""
+        ...
+
+    def parts(self, carry: Any, batch: Any) -> tuple[Any, list[bool]]:
+        """A carry and a batch as one tree, and which of its tensors have a task dimension."""
+        ...
+
+    def lift(self, fn: Callable[[list[Tensor]], list[Tensor]], mapped: Sequence[bool]) -> Any:
+        """A function of one task's tensors over all tasks; `mapped` are the tensors that have a task dimension."""
+        ...
+
     def batch_at(self, index: int, state: State) -> Any:
         """The batch of a step; called once for each, in order."""
         ...

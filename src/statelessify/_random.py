@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -19,3 +22,14 @@ def set_random_state(states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state_all(states[1:])
+
+
+@contextmanager
+def drawn_from(state: list[Tensor]) -> Generator[None]:
+    """Random numbers as from that state on; afterwards the state is what it was."""
+    now = random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(now)

@@ -1,4 +1,4 @@
-"""Meta-gradients through the steps of an inner loop: all of them, recomputed ones, the last ones, or first-order ones."""
+"""Meta-gradients through the steps of a loop: all of them, recomputed ones, the last ones, or first-order ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from ._checkpoint import checkpointed
 from ._loop import Loop, State, unrolled
 from ._lost import warn_of_lost
+from ._split import split
 from ._transforms import forward_mode
-from ._values import Values, split
+from ._values import Values
 from .errors import HyperparameterError
 
 __all__ = ["FirstOrder", "Unroll"]

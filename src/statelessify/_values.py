@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,33 +13,11 @@ from ._attach import detached
 from ._capture import Captures
 from ._loop import Loop, State, Step
 from ._lost import closed_over, needing
+from ._split import split
 from ._transforms import transforming
-from ._tree import TreeSpec, tree_flatten, tree_unflatten
 from .rules._registry import rules
 
 __all__: list[str] = []
-
-
-class Split(NamedTuple):
-    """A tree as its tensors and the rest."""
-
-    leaves: list[Any]  # None where a tensor stood
-    places: list[int]
-    tensors: list[Tensor]
-    spec: TreeSpec
-
-    def joined(self, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        return tree_unflatten(self.spec, leaves)
-
-
-def split(tree: Any) -> Split:
-    leaves, spec = tree_flatten(tree)
-    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    tensors = [leaves[index] for index in places]
-    return Split([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], places, tensors, spec)
 
 
 class Values:
@@ -58,6 +36,7 @@ class Values:
         self._candidates = needing(**state._asdict())
         self.state: State = begin.joined(constants)
         self.captures = Captures(begin.tensors)
+        self.batches: list[Any] = []  # the first one and the last one
 
     def step(self, step: Step, batch: Any) -> Tensor:
         """Take one step; its loss."""
@@ -74,11 +53,11 @@ class Values:
     def take(self, loop: Loop, indices: Iterable[int]) -> list[Tensor]:
         """Take steps; their losses."""
         losses: list[Tensor] = []
-        batch: Any = None
         for index in indices:
-            before, batch = batch, loop.batch_at(index, self.state)
-            if batch is not before:
+            batch = loop.batch_at(index, self.state)
+            if not self.batches or batch is not self.batches[-1]:
                 self._candidates |= needing(batch=batch)
+                self.batches = [*self.batches[:1], batch]
             losses.append(self.step(loop.step, batch))
         return losses
 

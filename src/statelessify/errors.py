@@ -105,6 +105,14 @@ class DerivativeError(StatelessifyError, RuntimeError):
     """An operation that does not have the derivative which is asked for, and would lose it without an error."""
 
 
+class ConvergenceError(StatelessifyError, ArithmeticError):
+    """A linear solve that has not converged, or whose matrix does not allow it."""
+
+
+class StationaryPointWarning(UserWarning):
+    """An implicit derivative at a point where the gradient is not small."""
+
+
 class FastWeightsError(StatelessifyError, ValueError, RuntimeError):
     """The weights of a patched module (`compat.higher`), missing or used in a way that they cannot be."""
 
