@@ -63,7 +63,7 @@ LEVELS = {
             "_effects _kept _gradient _values",
             "_apply _checkpoint",
             "_stateless _trial _unroll _forward_mode _implicit",
-            "_adapt explain",
+            "_adapt _compare explain",
             "_adapt_tasks",
             "compat testing distributed",
             "__init__",

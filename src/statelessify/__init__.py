@@ -3,6 +3,7 @@
 from . import errors, implicit, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
+from ._compare import Comparison, ModeResult, compare_modes
 from ._forward_mode import ForwardMode
 from ._implicit import Implicit
 from ._partition import combine, partition
@@ -15,15 +16,18 @@ from .explain import explain
 
 __all__ = [
     "Adapted",
+    "Comparison",
     "FirstOrder",
     "ForwardMode",
     "Implicit",
+    "ModeResult",
     "Stateless",
     "Unroll",
     "adapt",
     "adapt_tasks",
     "buffer_sync",
     "combine",
+    "compare_modes",
     "errors",
     "explain",
     "implicit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ def attach(values: Tensors, inputs: Tensors, pullback: Pullback, keep_outputs: b
         )
     if not values or not (transforming() or any(tensor.requires_grad for tensor in inputs)):
         return list(values)
-    apply: Any = _Attached.apply  # pyright: ignore[reportUnknownMemberType]
-    return list(apply(pullback, keep_outputs, len(values), *values, *inputs))
+    return list(cast("Any", _Attached).apply(pullback, keep_outputs, len(values), *values, *inputs))
 
 
 class _Attached(torch.autograd.Function):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ._attach import Tensors, attach, detached
+from ._attach import Tensors, attach, detached, vjp
 from ._capture import Replaced
 from ._loop import Loop, State, unrolled
 from ._random import drawn_from, random_state
 from ._split import split
-from ._transforms import forward_mode, levels
+from ._transforms import forward_mode, levels, transforming
 from ._values import Values
 from .errors import DerivativeError, DtypeError, HyperparameterError
+from .rules._registry import rules_here
 
 __all__ = ["ForwardMode"]
 
@@ -25,8 +27,8 @@ __all__ = ["ForwardMode"]
 class ForwardMode:
     """Carry the derivative of the state along: memory is that of one step, however many there are.
 
-    Exact, as `Unroll()`, and it reaches the same tensors. Each step runs once more for each number that needs a
-    gradient, so these should be few, such as rates and other hyperparameters; initial parameters that need no
+    Exact, as `Unroll()`, and it reaches the same tensors. Each step takes one more backward pass for each number that
+    needs a gradient, so these should be few, such as rates and other hyperparameters; initial parameters that need no
     meta-gradient have to be detached. The meta-gradient has no derivative of its own.
 
     Args:
@@ -50,6 +52,9 @@ class ForwardMode:
     """
 
     max_directions: int = 64
+
+    def __repr__(self) -> str:
+        return "ForwardMode()" if self.max_directions == 64 else f"ForwardMode(max_directions={self.max_directions})"
 
     def check(self, steps: int) -> None:
         count: Any = self.max_directions
@@ -104,9 +109,9 @@ class _Tangents:
         if len(self.directions) > self._limit:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.sources.values())
             raise HyperparameterError(
-                f"`ForwardMode()` takes one more pass for each number that needs a gradient, and {len(self.directions)} "
-                f"do (tensors of shapes {shapes}); detach those that need no meta-gradient (often the initial "
-                "parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
+                f"`ForwardMode()` takes one more pass for each number that needs a gradient, and "
+                f"{len(self.directions)} do (tensors of shapes {shapes}); detach those that need no meta-gradient "
+                "(often the initial parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
             )
 
     def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor]) -> list[Tensor]:
@@ -115,37 +120,37 @@ class _Tangents:
         moving = [index for index, tensor in enumerate(before.tensors) if is_inexact(tensor)]
         sources = list(self.sources.values())
 
-        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def of_tensors(tensors: list[Tensor]) -> list[Tensor]:
             new = dict(zip(self.sources, tensors[len(moving) :], strict=True))
             values = list(before.tensors)
             for index, tensor in zip(moving, tensors, strict=False):
                 values[index] = tensor
             constants = dict(zip(map(id, parts.tensors), detached(parts.tensors), strict=True)) | new
-            with Replaced(new), drawn_from(random):
+            with Replaced(new), drawn_from(random), rules_here():
                 own = parts.joined([constants[id(tensor)] for tensor in parts.tensors])
                 after, loss = loop.step(before.joined(values), own, True)
-            return (*(tensor for tensor in split(after).tensors if is_inexact(tensor)), loss)
+            return [*(tensor for tensor in split(after).tensors if is_inexact(tensor)), loss]
 
-        # Copies: a tensor that has been expanded over tasks takes no tangent.
-        primals = (
-            *(before.tensors[index].clone() for index in moving),
-            *(source.detach().clone() for source in sources),
-        )
-        slopes: list[Tensor] = []
-        # Not under `no_grad`, which loses tangents where vmap lies between this level and an outer grad.
-        for number, direction in enumerate(self.directions):
-            if number == len(self._of_state):
-                own = [self._begin[index] for index in moving] if self._begin else []
-                self._of_state.append(
-                    [self._unit(direction, tensor, source) for tensor, source in zip(primals, own, strict=False)]
-                    or [torch.zeros_like(tensor) for tensor in primals[: len(moving)]]
-                )
-            units = [self._unit(direction, p, s) for p, s in zip(primals[len(moving) :], sources, strict=True)]
-            _, out = torch.func.jvp(of_tensors, primals, (*self._of_state[number], *units))
-            *self._of_state[number], slope = detached(out)
-            slopes.append(slope)
+        primals = [*(before.tensors[index] for index in moving), *detached(sources)]
+        # A pullback is linear, and its own pullback is the derivative: so no operation needs a forward-mode formula.
+        with nullcontext() if transforming() else torch.no_grad():
+            out, pull = vjp(of_tensors, primals, [True] * len(primals))
+            _, push = vjp(pull, [torch.zeros_like(tensor) for tensor in out], [True] * len(out))
+            slopes: list[Tensor] = []
+            for number, direction in enumerate(self.directions):
+                if number == len(self._of_state):
+                    self._of_state.append(self._first(direction, primals[: len(moving)], moving))
+                units = [self._unit(direction, p, s) for p, s in zip(primals[len(moving) :], sources, strict=True)]
+                *self._of_state[number], slope = detached(push([*self._of_state[number], *units]))
+                slopes.append(slope)
         self._begin = []
         return slopes
+
+    def _first(self, direction: tuple[int, int], likes: list[Tensor], moving: list[int]) -> list[Tensor]:
+        """The derivatives of the state before the first step that knows a direction."""
+        if not self._begin:
+            return [torch.zeros_like(like) for like in likes]
+        return [self._unit(direction, like, self._begin[index]) for like, index in zip(likes, moving, strict=True)]
 
     def _unit(self, direction: tuple[int, int], like: Tensor, source: Tensor) -> Tensor:
         key, entry = direction
@@ -196,7 +201,7 @@ class _Contraction:
                 for column, cotangent in zip(columns, cotangents, strict=True)
             ]
             total = torch.stack([part.to(each[0].dtype) for part in each]).sum(0)
-            parts = total.split(self.sizes)
+            parts = cast("Any", total).split(self.sizes)
             found = [part.reshape(s.shape).to(s.dtype) for part, s in zip(parts, sources, strict=True)]
         if torch.is_grad_enabled():
             found = attach(found, [*inputs, *cotangents], _refuse)

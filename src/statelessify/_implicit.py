@@ -34,9 +34,9 @@ DECAYS = ("weight_decay", "lambd")  # by which an optimizer moves the point at w
 class Implicit:
     """Differentiate the minimum that the inner loop has reached: memory and time do not depend on the steps.
 
-    Where the gradient of the loss is zero, ``dx = -H^-1 (d grad / d theta) dtheta`` with the Hessian `H` of the loss. It
-    reaches all that the loss reads at the last parameters, with the last step's batch: from the batch, the carry, or
-    its closure. The starting point is reached only where the loss reads it (iMAML's proximal term), hyperparameters
+    Where the gradient of the loss is zero, ``dx = -H^-1 (d grad / d theta) dtheta`` with the Hessian `H` of the loss.
+    It reaches all that the loss reads at the last parameters, with the last step's batch: from the batch, the carry,
+    or its closure. The starting point is reached only where the loss reads it (iMAML's proximal term), hyperparameters
     and the optimizer's state never. `Adapted.losses` are values.
 
     Args:
@@ -64,6 +64,10 @@ class Implicit:
     """
 
     solve: Solve = implicit.cg
+
+    def __repr__(self) -> str:
+        name = getattr(self.solve, "__name__", repr(self.solve))
+        return "Implicit()" if self.solve is implicit.cg else f"Implicit(solve={name})"
 
     def check(self, steps: int) -> None:
         if not callable(self.solve):

@@ -49,6 +49,10 @@ class Unroll:
     checkpoint_every: int | Literal["auto"] | None = None
     truncate: int | None = None
 
+    def __repr__(self) -> str:
+        given = {"checkpoint_every": self.checkpoint_every, "truncate": self.truncate}
+        return f"Unroll({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
+
     def __post_init__(self) -> None:
         if self.checkpoint_every != "auto":
             _check_count("checkpoint_every", self.checkpoint_every, ', "auto"')

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "ConvergenceError",
     "DerivativeError",
     "DtypeError",
     "FastWeightsError",
@@ -47,6 +48,7 @@ __all__ = [
     "RandomnessError",
     "ShapeError",
     "StatelessifyError",
+    "StationaryPointWarning",
     "TaskError",
     "TreeError",
     "VmapError",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ def dense(matvec: Matvec, b: Tree, *, ridge: float | Tensor = 0.0) -> Tree:
     system = _System("dense", matvec, b, 0, None, ridge)
     columns = [system.product(unit) for unit in torch.eye(len(system.b), dtype=system.b.dtype, device=system.b.device)]
     matrix = torch.stack(columns, 1)
-    x, _ = torch.linalg.solve_ex(matrix, system.b)
+    x = cast("Any", torch.linalg).solve_ex(matrix, system.b)[0]
     missing = matrix @ x - system.b
     size = system.b @ system.b
     if _any(~(missing @ missing <= torch.finfo(size.dtype).eps * size)):
@@ -191,7 +191,8 @@ class _System:
         return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in leaves])
 
     def tree(self, vector: Tensor) -> Tree:
-        parts = vector.split([like.numel() * (2 if like.is_complex() else 1) for like in self._likes])
+        sizes = [like.numel() * (2 if like.is_complex() else 1) for like in self._likes]
+        parts = cast("Any", vector).split(sizes)
         return tree_unflatten(self._spec, [_shaped(*pair) for pair in zip(parts, self._likes, strict=True)])
 
     def product(self, vector: Tensor) -> Tensor:
