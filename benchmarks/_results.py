@@ -55,11 +55,12 @@ def summary(found: list[dict[str, Any]]) -> str:
     return "\n".join([SUMMARY, "|---|---|---|", *lines])
 
 
-def results(found: list[dict[str, Any]]) -> str:
+def results(found: list[dict[str, Any]], missing: list[str]) -> str:
     rows = [row for data in found for row in rows_of(data) if row.met is not None]
     parts = [
         "# Results",
         "Written by `python -m nox -s bench`, which measures all contenders in the same run. " + setting(),
+        *([f"**Not a full run**: no data from {', '.join(missing)}."] if missing else []),
         f"{sum(bool(row.met) for row in rows)} of {len(rows)} targets are met.",
         summary(found),
     ]
@@ -80,16 +81,18 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=Path("pictures"), help="folder with data and pictures")
     options.add_argument("--to", type=Path, default=HERE, help="folder for RESULTS.md")
     options.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    options.add_argument("--partial", action="store_true", help="go without the scripts that have no data")
     args = options.parse_args()
     scripts = sorted(script.stem for script in HERE.glob("[!_]*.py"))
     missing = [f"`{name}.py`" for name in scripts if not (args.data / f"{name}.json").is_file()]
-    if missing:
+    if missing and not args.partial:
         raise SystemExit(f"no data from {', '.join(missing)} in `{args.data}`; run `python -m nox -s bench`")
-    found = [json.loads((args.data / f"{name}.json").read_text(encoding="utf-8")) for name in scripts]
+    files = [args.data / f"{name}.json" for name in scripts]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     (args.to / "pictures").mkdir(parents=True, exist_ok=True)
     for name in (name for data in found for name in data["pictures"]):
         shutil.copyfile(args.data / name, args.to / "pictures" / name)
-    (args.to / "RESULTS.md").write_text(results(found), encoding="utf-8")
+    (args.to / "RESULTS.md").write_text(results(found, missing), encoding="utf-8")
     readme = args.readme.read_text(encoding="utf-8")
     args.readme.write_text(with_summary(readme, summary(found)), encoding="utf-8")
     print(f"written: {args.to / 'RESULTS.md'}, and the summary in {args.readme.name}")

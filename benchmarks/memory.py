@@ -107,7 +107,7 @@ class Setting(NamedTuple):
     more_time: float | None
 
 
-SETTINGS = {"GPT": Setting(gpt, (5, 10, 20), 3, 7, 1.4), "MLP": Setting(mlp, (20, 50, 100), 7, 5, None)}
+SETTINGS = {"GPT": Setting(gpt, (5, 10, 20), 3, 7, 1.4), "MLP": Setting(mlp, (20, 50, 100), 5, 5, None)}
 Run = Callable[[int], list[Tensor]]
 """A meta-gradient after as many steps."""
 
@@ -270,7 +270,7 @@ def draw(memory: dict[str, Peaks], path: Path) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, help="of timing (default: 3 for the GPT, 7 for the MLP)")
+    options.add_argument("--rounds", type=int, help="of timing (default: 3 for the GPT, 5 for the MLP)")
     options.add_argument("--peaks", nargs=2, metavar=("PROBLEM", "CONTENDER"), help="only this one's memory, as JSON")
     args = options.parse_args()
     warnings.filterwarnings("ignore", module="higher")
