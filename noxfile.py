@@ -12,7 +12,7 @@ nox.options.reuse_venv = "yes"
 
 PINNED = ("--constraint", "constraints.txt")
 PEERS = ("higher", "numpy")  # what tests and benchmarks compare with
-MORE_PEERS = ("torchopt", "pytorch-optimizer")  # what benchmarks alone do
+MORE_PEERS = ("torchopt", "pytorch-optimizer", "tensordict", "jax")  # what benchmarks alone do
 DATABASE = "expecttest"  # torch's own module database needs it
 WORKERS = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
 # One thread per worker: torch's own threads would fight over the cores with the other workers.
@@ -68,7 +68,11 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every script in benchmarks, peers measured in the same run; arguments go to each script."""
+    """Measure all contenders in the same run and write benchmarks/RESULTS.md; arguments go to each script instead."""
     install_project(session, ".[examples]", *PEERS, *MORE_PEERS)
+    for old in Path("pictures").glob("*.json"):
+        old.unlink()
     for script in sorted(Path("benchmarks").glob("[!_]*.py")):
         session.run("python", str(script), *session.posargs, env=HEADLESS)
+    if not session.posargs:  # they may have made runs short, or checks alone
+        session.run("python", "benchmarks/_results.py")

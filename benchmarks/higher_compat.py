@@ -17,7 +17,6 @@ noisy for all.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import random
@@ -33,6 +32,7 @@ import higher
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from _report import Row, parser, report
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -176,7 +176,6 @@ class Times(NamedTuple):
 
 def measure(name: str, rounds: int, bar: Any) -> Times:
     chosen = MEASURES[name]
-    check(name, chosen.runs(torch.float64))
     runs = chosen.runs(torch.float32)
     for run in runs.values():
         run()
@@ -238,30 +237,24 @@ def alive_after(library: Any, optimizer: str, steps: int) -> tuple[int, int]:
 # Tables and picture ------------------------------------------------------------------------------------------------
 
 
-def table_of(found: dict[str, Times], rounds: int) -> str:
-    lines = [
-        f"ms of CPU time, median of {rounds} rounds, {torch.get_num_threads()} threads",
-        "| | plain | statelessify | higher | statelessify / plain | higher / plain | higher / statelessify | target |",
-        "|---" * 8 + "|",
-    ]
+def rows_of(found: dict[str, Times], alive: Alive, lengths: list[int]) -> list[Row]:
+    rows = []
     for name, (ms, to_ours) in found.items():
-        chosen, plain = MEASURES[name], to_ours.get("plain")
-        cells = [f"{ms[c]:.3f}" if c in ms else "" for c in CONTENDERS]
-        cells += [f"{1 / plain:.2f}", f"{to_ours['higher'] / plain:.2f}"] if plain else ["", ""]
-        cells.append(f"{to_ours['higher']:.2f}")
-        target = ""
-        if chosen.most and plain:
-            target = f"statelessify / plain at most {chosen.most}, {'met' if 1 / plain <= chosen.most else 'missed'}"
-        if chosen.least:
-            met = "met" if to_ours["higher"] >= chosen.least else "missed"
-            target = f"higher / statelessify at least {chosen.least}, {met}"
-        lines.append(f"| {name} | " + " | ".join([*cells, target]) + " |")
-    return "\n".join(lines)
+        chosen, cells = MEASURES[name], {f"{c}, ms": f"{ms[c]:.3f}" for c in CONTENDERS if c in ms}
+        if "plain" in to_ours:
+            rows.append(Row(f"{name}: statelessify / plain", 1 / to_ours["plain"], most=chosen.most, cells=cells))
+        rows.append(Row(f"{name}: higher / statelessify", to_ours["higher"], least=chosen.least, cells=cells))
+    for optimizer in UPDATES:
+        first, last = (sum(alive[optimizer, "statelessify", steps]) for steps in (lengths[0], lengths[-1]))
+        what = f"test mode, {optimizer}: alive after {lengths[-1]} steps / after {lengths[0]}"
+        rows.append(Row(what, last / first, most=1))
+    return rows
 
 
 def table_of_memory(alive: Alive, lengths: list[int]) -> str:
     lines = [
-        "tensors + nodes of the graph that are alive after as many steps in test mode (target: no growth)",
+        "Tensors + nodes of the graph that are alive after as many steps in test mode:",
+        "",
         "| optimizer | library | " + " | ".join(map(str, lengths)) + " | |",
         "|---" * (len(lengths) + 3) + "|",
     ]
@@ -299,27 +292,24 @@ def draw(found: dict[str, Times], alive: Alive, lengths: list[int], path: Path) 
     right.set(xlabel="steps", ylabel="tensors and nodes", title="Alive in test mode")
     right.grid(True, which="both", alpha=0.2)
     right.legend(fontsize=8, loc="center left")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="default: 300, or 30 with --fast")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", help="steps in test mode (default: 10 100 1000; 10 50 with --fast)"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fast", action="store_true", help="a short run, to see it work")
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
-    rounds = args.rounds or (30 if args.fast else 300)
-    lengths = args.lengths or ([10, 50] if args.fast else [10, 100, 1000])
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, rounds=200)
+    options.add_argument("--lengths", type=int, nargs="+", default=[10, 100, 1000], help="steps in test mode")
+    args = options.parse_args()
+    rounds, lengths = args.rounds, args.lengths
     warnings.filterwarnings("ignore", module="higher")
     warnings.simplefilter("ignore", compat.DifferenceWarning)
     torch.set_num_threads(args.threads)
     random.seed(0)
+    for name, chosen in MEASURES.items():
+        check(name, chosen.runs(torch.float64))
+    if args.check:
+        return
 
+    args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Times] = {}
     with tqdm(total=rounds * len(MEASURES)) as bar:
         for name in MEASURES:
@@ -329,11 +319,16 @@ def main() -> None:
     for optimizer, library, steps in tqdm(list(product(UPDATES, LIBRARIES, lengths)), desc="memory"):
         alive[optimizer, library, steps] = alive_after(LIBRARIES[library], optimizer, steps)
 
-    table = f"{table_of(found, rounds)}\n\n{table_of_memory(alive, lengths)}"
-    print(table)
-    (args.out / "higher_compat.md").write_text(table + "\n")
     draw(found, alive, lengths, args.out / "higher_compat.png")
-    print(f"picture: {args.out / 'higher_compat.png'}")
+    report(
+        __file__,
+        "What does the layer for higher cost?",
+        rows_of(found, alive, lengths),
+        out=args.out,
+        note=f"Ratios of CPU time within a round, medians of {rounds} rounds; {args.threads} thread.",
+        details=table_of_memory(alive, lengths),
+        pictures=[args.out / "higher_compat.png"],
+    )
 
 
 if __name__ == "__main__":

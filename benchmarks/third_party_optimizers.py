@@ -11,16 +11,15 @@ optimizer or torch raises, where a named one of ours should stand.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _report import Row, parser, report
 from pytorch_optimizer import get_supported_optimizers, load_optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,10 +30,11 @@ from statelessify.errors import StatelessifyError
 STEPS, STEPS_OF_DERIVATIVE = 5, 3
 DIFFERENCE, TOLERANCE = 1e-6, 1e-4
 LONGEST = 110
+SOME = ("adabelief", "lamb", "lion", "sophiah")  # for `--check`
 Kind = type[torch.optim.Optimizer]
 
 
-class Row(NamedTuple):
+class Found(NamedTuple):
     optimizer: str
     from_class: str = "-"
     from_live: str = "-"
@@ -139,7 +139,7 @@ def derivative_of(kind: Kind, live: bool) -> tuple[str, str]:
     return "WRONG", f"the derivative is {slope:.6g}, the difference quotient {expected:.6g}"
 
 
-def tried(name: str) -> Row:
+def tried(name: str) -> Found:
     kind = load_optimizer(name)
     try:
         problem = Problem(kind)
@@ -150,24 +150,28 @@ def tried(name: str) -> Row:
     live, why_live = values_of(kind, expected, live=True)
     derivative, lost = derivative_of(kind, live=True) if live in ("same", "WRONG") else ("-", "")
     reasons = dict.fromkeys(reason for reason in (why, why_live, lost) if reason)
-    return Row(name, made, live, derivative, "; ".join(reasons))
+    return Found(name, made, live, derivative, "; ".join(reasons))
 
 
-def _not_running(name: str, kind: Kind, error: Exception) -> Row:
+def _not_running(name: str, kind: Kind, error: Exception) -> Found:
     """Of one that does not even run itself: whether that is refused beforehand."""
     try:
         Problem(kind).pure(live=True)
     except StatelessifyError as refused:
-        return Row(name, "refused", "refused", "refused", reason_of(refused))
+        return Found(name, "refused", "refused", "refused", reason_of(refused))
     except Exception:  # whatever it is, it is the first error that says why
         pass
-    return Row(name, reason=f"itself {reason_of(error)}")
+    return Found(name, reason=f"itself {reason_of(error)}")
 
 
-def report(rows: list[Row]) -> str:
+def table_of(rows: list[Found]) -> str:
     lines = ["| optimizer | class | live | derivative | reason |", "|---" * 5 + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", f"{len(rows)} optimizers"]
+    return "\n".join(lines)
+
+
+def counts_of(rows: list[Found]) -> str:
+    lines = [f"Of {len(rows)} optimizers:", ""]
     for field in ("from_class", "from_live", "derivative"):
         counts = Counter(getattr(row, field) for row in rows)
         lines.append(f"- {field.replace('_', ' ')}: " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
@@ -175,21 +179,34 @@ def report(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="names of optimizers")
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", help="names of optimizers")
+    args = options.parse_args()
+    names = args.only or (SOME if args.check else get_supported_optimizers())
+    torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float64)
 
-    rows: list[Row] = []
-    for name in (bar := tqdm(args.only or get_supported_optimizers())):
+    rows: list[Found] = []
+    for name in (bar := tqdm(names)):
         bar.set_description(name)
         rows.append(tried(name))
-    table = report(rows)
-    print(table)
-    (args.out / "third_party_optimizers.md").write_text(table + "\n")
+    bad = {what: sum(what in (r.from_class, r.from_live, r.derivative) for r in rows) for what in ("WRONG", "error")}
+    if args.check:
+        if any(bad.values()):
+            raise AssertionError(f"of {names}: {bad}")
+        return
+    print(table_of(rows))
+    report(
+        __file__,
+        "Which third-party optimizers are taken?",
+        [
+            Row("optimizers with a wrong number", bad["WRONG"], most=0),
+            Row("optimizers with an error that is not a named one of ours", bad["error"], most=0),
+        ],
+        out=args.out,
+        details=counts_of(rows),
+    )
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def _project_files() -> list[Path]:
     folders = ["src", "tests", "examples", "benchmarks", "docs", ".ci", ".github"]
     files = [file for pattern in tops for file in ROOT.glob(pattern)]
     files += [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
-    return [file for file in files if "__pycache__" not in file.parts]
+    return [file for file in files if "__pycache__" not in file.parts and file.suffix != ".png"]
 
 
 @pytest.mark.parametrize(
