@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from ._effects import Grads, check_grads, check_new_slots, grads_of, is_written, version_of
+from ._effects import Grads, check_grads, check_new_slots, grads_of, is_changed, is_written, version_of
+from ._expected import Expected
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._skeleton import Skeletons, Slots
+from ._known import global_hooks
+from ._likeness import Call, as_parameter
+from ._skeleton import Skeleton, Skeletons, Slots
 from ._structure import named_parts
 from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
 from ._vacant import storage_of
-from ._words import listed, nearest
-from .errors import CheckpointError, DtypeError, ModuleError, MutationError, NamesError, ShapeError
+from .errors import CheckpointError, ModuleError, MutationError
 from .rules._registry import Watched, active_rules, rules
 from .typing import Buffers, Params
 
 __all__: list[str] = []
+
+Tensors = Sequence[Tensor | None]
+"""In the order of the slots' names; None for one that is empty."""
 
 
 class Apply:
@@ -38,19 +44,23 @@ class Apply:
         self._params = slots.params
         self._buffers = slots.buffers
         self._empty = slots.empty
-        # The shapes as they were: parameters may be moved and cast later, never reshaped.
-        self._shapes = {name: tensor.shape for name, tensor in slots.tensors.items()}
         self._places = {**slots.params, **slots.buffers, **{name: (slot,) for name, slot in slots.empty.items()}}
+        # The shapes as they were: parameters may be moved and cast later, never reshaped.
+        shapes = {name: slots.tensors[name].shape for name in (*slots.params, *slots.buffers)}
+        self._expected = Expected(self._name, shapes, slots.empty)
+        self._spread = [index for index, name in enumerate(shapes) for _ in self._places[name]]
+        self._tied = len(self._spread) > len(shapes)
         self._attributes = {name: vars(t).copy() for name, t in slots.tensors.items() if vars(t)}
         storages = [storage_of(tensor) for tensor in slots.tensors.values()]
         self._overlapping = {
             name for name, place in zip(slots.tensors, storages, strict=True) if place and storages.count(place) > 1
         }
-        self._registered = {name for name, places in self._places.items() if any(p.registered_buffer for p in places)}
+        self._registered = [
+            (index, name) for index, (name, found) in enumerate(self._places.items()) if any(p[1] for p in found)
+        ]
+        self._own_buffers = {name for _, name in self._registered}
         self._skeletons = Skeletons(template, tuple(place for places in self._places.values() for place in places))
         self._parametrized = any(parametrize.is_parametrized(part) for _, part in named_parts(template))
-        self._resized: set[str] = set()  # buffers that forward has been seen to give another shape,
-        self._emptied: set[str] = set()  # and to set to None: from then on they may have, or be missing
         self._probed = False
         self._aliased = False  # whether forward hangs something on its parameters: then it gets other names for them
         self._watched = Watched()
@@ -72,35 +82,88 @@ class Apply:
             ShapeError: a tensor does not have its parameter's shape.
             MutationError: forward writes in place into a parameter.
         """
-        self._check(params, buffers)
-        given: dict[str, Tensor] = {**params, **buffers}
         if torch.compiler.is_compiling():
-            installed = self._installed(given, (args, kwargs))
-            with rules("transforms"):
-                out, values = functional_call(
-                    self._skeletons.traced, self._flat(installed), args, kwargs, tie_weights=False
-                )
-            return out, self._harvest(values, given, installed, {}, params)
-        return self._eager(params, given, args, kwargs)
+            return self._traced(params, buffers, args, kwargs)
+        if torch._C._len_torch_function_stack():
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # no mode around the call needs to see these, and each look takes time
+                given, tensors = self._gather(params, buffers)
+        else:
+            given, tensors = self._gather(params, buffers)
+        skeleton = self._skeletons.take()
+        if skeleton.known and not self._overlapping and not global_hooks():
+            return self._known(skeleton, buffers, tensors, args, kwargs)
+        return self._unknown(skeleton, params, given, args, kwargs)
 
-    def _eager(
+    def _known(
+        self, skeleton: Skeleton, buffers: Buffers, tensors: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Buffers]:
+        """A call of a module of which is known that it writes into registered buffers at most."""
+        inside = transforming()
+        installed = self._with_own_buffers(tensors, (args, kwargs)) if self._registered else tensors
+        mode = self._mode(inside)
+        try:
+            skeleton.fill(self._by_slot(installed) if self._tied else installed)
+            if mode is None:
+                out = skeleton.inner(*args, **kwargs)
+            else:
+                with mode:
+                    out = skeleton.inner(*args, **kwargs)
+        finally:
+            skeleton.vacate()
+        self._skeletons.give_back(skeleton)
+        new_buffers = {**buffers}
+        for index, name in self._registered:
+            own, given = installed[index], tensors[index]
+            if name in new_buffers and own is not None and given is not None and (inside or is_changed(own, given)):
+                new_buffers[name] = own
+        return out, new_buffers
+
+    def _with_own_buffers(self, tensors: Tensors, inputs: Any) -> Tensors:
+        """The registered buffers cloned; inside vmap, floating ones per task."""
+        one = per_task_one(_tensors((tensors, inputs))) if transforming() else None
+        installed = [*tensors]
+        for index, _ in self._registered:
+            tensor = installed[index]
+            if tensor is not None:
+                installed[index] = _own(tensor, one)
+        return installed
+
+    def _by_slot(self, tensors: Tensors) -> Tensors:
+        """The tensors by slot, of which a tied weight has several."""
+        return [*map(tensors.__getitem__, self._spread), *tensors[len(self._expected.shapes) :]]
+
+    def _mode(self, inside: bool) -> AbstractContextManager[Any] | None:
+        """The rules that a call needs; None where it is known to need none."""
+        if inside:
+            return rules("transforms")
+        return None if self._watched.settled else self._watched.where_needed()
+
+    # Modules with code of their own --------------------------------------------------------------------------------
+
+    def _unknown(
         self,
+        skeleton: Skeleton,
         params: Params,
         given: dict[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Buffers]:
-        inside = transforming()
-        with torch._C.DisableTorchFunction():  # no mode around the call needs to see these, and each look takes time
-            installed = self._installed(given, (args, kwargs))
+        """A call after which is looked at everything that it can have done."""
+        inside, call = transforming(), Call()
+        with torch._C.DisableTorchFunction():
+            installed = self._installed(given, (args, kwargs), call)
             versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
-        skeleton = self._skeletons.take()
         holders = skeleton.holders()
+        occasion = active_rules()
         try:
-            with rules("transforms") if inside else self._watched.where_needed():
-                out, values = functional_call(skeleton, self._flat(installed), args, kwargs, tie_weights=False)
+            skeleton.fill([installed.get(name) for name, places in self._places.items() for _ in places])
+            with self._mode(inside) or nullcontext():
+                out = skeleton.inner(*args, **kwargs)
                 occasion = active_rules()
+            values = skeleton.read()
         except RuntimeError as error:
             if inside and is_checkpointing(error):
                 raise CheckpointError(
@@ -108,6 +171,9 @@ class Apply:
                     "it off in the module (`adapt` can recompute whole steps instead), or use `adapt` in eager code"
                 ) from error
             raise
+        finally:
+            skeleton.vacate()
+            call.end()
         with torch._C.DisableTorchFunction():
             new_buffers = self._harvest(values, given, installed, versions, params)
         if not self._probed:
@@ -121,19 +187,27 @@ class Apply:
             refuse_reentrant(_tensors(out), (*given.values(), *_tensors((args, kwargs))), self._name)
             if skeleton.pristine.still():
                 written = [name for name in installed if name in new_buffers and new_buffers[name] is not given[name]]
-                keep(skeleton, self._places, installed, written, occasion)
+                lasting = {name: self._lasting(name, tensor) for name, tensor in installed.items()}
+                keep(skeleton, self._places, lasting, written, occasion)
         return out, new_buffers
 
-    def _flat(self, installed: dict[str, Tensor]) -> dict[str, Any]:
-        """The tensors by the path of each slot."""
+    def _traced(
+        self, params: Params, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Buffers]:
+        """A call that dynamo follows."""
+        self._check(params, buffers)
+        given: dict[str, Tensor] = {**params, **buffers}
+        installed = self._installed(given, (args, kwargs))
         flat: dict[str, Any] = {
             f"inner.{place.path}": t for name, t in installed.items() for place in self._places[name]
         }
-        for name in self._emptied.difference(installed):
+        for name in self._expected.emptied.difference(installed):
             flat.update({f"inner.{place.path}": None for place in self._places[name]})
-        return flat
+        with rules("transforms"):
+            out, values = functional_call(self._skeletons.traced, flat, args, kwargs, tie_weights=False)
+        return out, self._harvest(values, given, installed, {}, params)
 
-    def _installed(self, given: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
+    def _installed(self, given: dict[str, Tensor], inputs: Any, call: Call | None = None) -> dict[str, Tensor]:
         """What goes into the slots: clones of the registered buffers; parameters as they are, and known as such.
 
         Everything is cloned until one call in eager code has shown that forward writes into no parameter: should it
@@ -144,24 +218,21 @@ class Apply:
             one = per_task_one([*given.values(), *_tensors(inputs)])
         installed: dict[str, Tensor] = {}
         for name, tensor in given.items():
-            if name in self._registered:
-                floating = tensor.is_floating_point() or tensor.is_complex()
-                marked = None if one is None or not floating else tensor * one.to(tensor.device, tensor.dtype)
-                installed[name] = tensor.clone() if marked is None else marked
+            if name in self._own_buffers:
+                installed[name] = _own(tensor, one)
+            elif not self._probed:
+                installed[name] = as_parameter(tensor.clone(), self._attributes.get(name, {}))
+            elif self._aliased or call is None or name in self._attributes:
+                installed[name] = self._lasting(name, tensor)
             else:
-                as_it_is = self._probed and isinstance(tensor, nn.Parameter) and not self._aliased
-                source = tensor if self._probed else tensor.clone()
-                installed[name] = tensor if as_it_is else self._as_parameter(name, source)
+                installed[name] = call.mark(tensor)
         return installed
 
-    def _as_parameter(self, name: str, tensor: Tensor) -> Tensor:
-        """Another name for a tensor, by which it is known as a parameter, with what hangs on the module's own."""
-        if type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+    def _lasting(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter as it is, or another name by which a tensor is known as one for as long as it lives."""
+        if name in self._own_buffers or (isinstance(tensor, nn.Parameter) and not self._aliased):
             return tensor
-        named = tensor.as_subclass(Tensor)  # not `view_as`, whose backward refuses sparse gradients
-        for key, value in {**self._attributes.get(name, {}), "_is_param": True}.items():
-            setattr(named, key, value)
-        return named
+        return as_parameter(tensor, self._attributes.get(name, {}))
 
     def _harvest(
         self,
@@ -175,10 +246,11 @@ class Apply:
         harvest: Buffers = {}
         eager = not transforming()
         remaining = iter(values)
+        shapes = self._expected.shapes
         for name, places in self._places.items():
             found = [next(remaining) for _ in places]
             before = installed.get(name)
-            own = name in self._registered
+            own = name in self._own_buffers
             # A parameter's slot that is empty now was cleared for this call; the parameter itself is as it was.
             value = next((new for new in found if new is not before and (own or new is not None)), before)
             written = value is not before
@@ -198,43 +270,31 @@ class Apply:
             if name in params:
                 continue
             if value is None:
-                if own and name in self._shapes:
-                    self._emptied.add(name)
+                if own and name in shapes:
+                    self._expected.emptied.add(name)
                 continue
             harvest[name] = given[name] if not written and (not own or (eager and name in versions)) else value
-            if name in self._shapes and value.shape != self._shapes[name]:
-                self._resized.add(name)
+            if name in shapes and value.shape != shapes[name]:
+                self._expected.resized.add(name)
         order = [name for name in given if name not in params]
         return {name: harvest[name] for name in (*order, *harvest) if name in harvest}
 
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _gather(self, params: Params, buffers: Buffers) -> tuple[dict[str, Tensor], Tensors]:
+        if self._parametrized:
+            self._check_cache()
+        return self._expected.gather(params, buffers)
+
     def _check(self, params: Params, buffers: Buffers) -> None:
+        self._check_cache()
+        self._expected.check(params, buffers)
+
+    def _check_cache(self) -> None:
         if self._parametrized and parametrize._cache_enabled:
             raise ModuleError(
                 f"`{self._name}` has parametrizations and is called inside `parametrize.cached()`, which would give it "
                 "the weights of an earlier call; call it outside"
-            )
-        for what, tree in (("params", params), ("buffers", buffers)):
-            check_tensors(what, tree)
-            for name, tensor in tree.items():
-                shape = self._shapes.get(name)
-                if shape is None and name not in self._empty:
-                    raise NamesError(
-                        f"`{what}` has the unknown name `{name}`{nearest(name, self._shapes)}; "
-                        f"`{self._name}` has {listed(self._shapes)}"
-                    )
-                if shape is not None and tensor.shape != shape and name not in self._resized:
-                    raise wrong_shape(what, name, tensor, shape)
-        self._check_complete(params, buffers)
-
-    def _check_complete(self, params: Params, buffers: Buffers) -> None:
-        twice = [name for name in params if name in buffers]
-        if twice:
-            raise NamesError(f"{listed(twice)} stands in both `params` and `buffers`; give each name once")
-        missing = [n for n in self._shapes if n not in params and n not in buffers and n not in self._emptied]
-        if missing:
-            raise NamesError(
-                f"neither `params` nor `buffers` has {listed(missing)}; `{self._name}` needs every name in one of them "
-                "(put partial dicts together with `combine`)"
             )
 
     def train(self, mode: bool = True) -> Apply:
@@ -242,7 +302,7 @@ class Apply:
         template = self._skeletons.copy()
         template.train(mode)
         new = copy.copy(self)
-        new._resized, new._emptied = set(self._resized), set(self._emptied)
+        new._expected = self._expected.copy()
         new._probed, new._watched = False, Watched()
         new._skeletons = Skeletons(template, self._skeletons.paths)
         return new
@@ -278,15 +338,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def check_tensors(what: str, tree: Any) -> None:
-    """Refuse anything but a dict of tensors."""
-    if not isinstance(tree, Mapping):
-        raise DtypeError(f"`{what}` is {type(tree).__name__}, not a dict of tensors")
-    for name, tensor in cast("Mapping[str, Any]", tree).items():
-        if not isinstance(tensor, Tensor):
-            raise DtypeError(f"`{what}[{name!r}]` is {type(tensor).__name__}, not a tensor")
-
-
-def wrong_shape(what: str, name: str, tensor: Tensor, shape: torch.Size) -> ShapeError:
-    hint = "; map over tasks with `over_tasks` or torch.vmap" if tensor.shape[1:] == shape else ""
-    return ShapeError(f"`{what}[{name!r}]` has shape {tuple(tensor.shape)}, but the module's is {tuple(shape)}{hint}")
+def _own(tensor: Tensor, one: Tensor | None) -> Tensor:
+    if one is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.clone()
+    return tensor * one.to(tensor.device, tensor.dtype)

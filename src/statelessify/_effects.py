@@ -61,16 +61,19 @@ def version_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def is_written(installed: Tensor, version: tuple[int, ...], given: Tensor) -> bool:
-    """Whether a call has written into a tensor.
+    """Whether a call has written into a tensor, or into its clone."""
+    return version_of(installed) != version or (installed is not given and _differs(installed, given))
 
-    Versions do not count what goes through ``.data``, nor what a fused batch norm does to its statistics: so in eager
-    code a clone is compared with what it is a clone of.
-    """
-    if version_of(installed) != version:
+
+def is_changed(clone: Tensor, given: Tensor) -> bool:
+    """Whether a call in eager code has written into the clone that it got of a tensor."""
+    return version_of(clone) != (0,) or _differs(clone, given)
+
+
+def _differs(clone: Tensor, given: Tensor) -> bool:
+    """Versions do not count what goes through ``.data``, nor what a fused batch norm does to its statistics."""
+    if clone.is_meta or clone.layout is not torch.strided or transforming() or torch.equal(clone, given):
+        return False
+    if not clone.isnan().any():
         return True
-    if installed is given or installed.is_meta or installed.layout is not torch.strided or transforming():
-        return False
-    if torch.equal(installed, given):
-        return False
-    same = (installed == given) | ((installed != installed) & (given != given))
-    return not bool(same.all())
+    return not bool(((clone == given) | ((clone != clone) & (given != given))).all())

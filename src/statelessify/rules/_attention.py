@@ -83,10 +83,17 @@ _multi_head = _twin(F.multi_head_attention_forward, has_torch_function=_never)
 _multi_head_alone = _twin(
     F.multi_head_attention_forward, has_torch_function=_never, scaled_dot_product_attention=_attention
 )
+# What asks this `torch` is told that the fast paths are switched off.
+_slow = types.SimpleNamespace(
+    **{**vars(torch), "backends": types.SimpleNamespace(mha=types.SimpleNamespace(get_fastpath_enabled=bool))}
+)
 _forward_alone = _twin(
     nn.MultiheadAttention.forward,
+    torch=_slow,
     F=types.SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _multi_head_alone}),
 )
+_layer_alone = _twin(nn.TransformerEncoderLayer.forward, torch=_slow)
+_encoder_alone = _twin(nn.TransformerEncoder.forward, torch=_slow)
 
 _FAST_PATH = "in evaluation the result of its fast path depends on what requires a gradient"
 _MHA = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/activation.py"
@@ -113,7 +120,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     when="always",
 )
 def _attention_module(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    if self.training and not transforming():
+    if not transforming():
         return _forward_alone(self, *args, **kwargs)
     with rules_of_call():  # while a mode is active there is no fast path
         return nn.MultiheadAttention.forward(self, *args, **kwargs)
@@ -131,6 +138,8 @@ def _left_aligned(src: Tensor, mask: Tensor) -> bool:
 
 @rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")
 def _encoder_layer(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
+    if not transforming():
+        return _layer_alone(self, *args, **kwargs)
     with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
 
@@ -148,9 +157,10 @@ def _encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Tensor:
-    hint = bool(is_causal) if transforming() else is_causal
+    if not transforming():
+        return _encoder_alone(self, src, mask, src_key_padding_mask, is_causal)
     with nullcontext() if self.training else rules_of_call():
-        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, hint)
+        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, bool(is_causal))
 
 
 @rule(
