@@ -58,9 +58,10 @@ LEVELS = {
         [
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph _expected _likeness",
-            "rules _task_trees _pristine",
+            "rules _task_trees _pristine _reads",
             "_known",
             "_skeleton _tasks _checkpoint optim implicit",
+            "_layout",
             "_effects _kept _gradient",
             "_apply",
             "_stateless _trial",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,24 +12,31 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from ._effects import Grads, check_grads, check_new_slots, grads_of, is_changed, is_written, version_of
-from ._expected import Expected
+from ._effects import (
+    Grads,
+    Versions,
+    check_grads,
+    check_new_slots,
+    grads_of,
+    harvest,
+    is_changed,
+    version_of,
+    versions_of,
+    writes_parameter,
+)
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._known import global_hooks
+from ._known import global_hooks, may_meet
+from ._layout import Layout, Tensors
 from ._likeness import Call, as_parameter
 from ._skeleton import Skeleton, Skeletons, Slots
 from ._structure import named_parts
 from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
-from ._vacant import storage_of
-from .errors import CheckpointError, ModuleError, MutationError
-from .rules._registry import Watched, active_rules, rules
+from .errors import CheckpointError, ModuleError
+from .rules._registry import FUNCTIONS, RULES, Rules, Watched, active_rules, rules
 from .typing import Buffers, Params
 
 __all__: list[str] = []
-
-Tensors = Sequence[Tensor | None]
-"""In the order of the slots' names; None for one that is empty."""
 
 
 class Apply:
@@ -41,29 +48,13 @@ class Apply:
 
     def __init__(self, template: nn.Module, slots: Slots) -> None:
         self._name = type(template).__name__
-        self._params = slots.params
-        self._buffers = slots.buffers
-        self._empty = slots.empty
-        self._places = {**slots.params, **slots.buffers, **{name: (slot,) for name, slot in slots.empty.items()}}
-        # The shapes as they were: parameters may be moved and cast later, never reshaped.
-        shapes = {name: slots.tensors[name].shape for name in (*slots.params, *slots.buffers)}
-        self._expected = Expected(self._name, shapes, slots.empty)
-        self._spread = [index for index, name in enumerate(shapes) for _ in self._places[name]]
-        self._tied = len(self._spread) > len(shapes)
-        self._attributes = {name: vars(t).copy() for name, t in slots.tensors.items() if vars(t)}
-        storages = [storage_of(tensor) for tensor in slots.tensors.values()]
-        self._overlapping = {
-            name for name, place in zip(slots.tensors, storages, strict=True) if place and storages.count(place) > 1
-        }
-        self._registered = [
-            (index, name) for index, (name, found) in enumerate(self._places.items()) if any(p[1] for p in found)
-        ]
-        self._own_buffers = {name for _, name in self._registered}
-        self._skeletons = Skeletons(template, tuple(place for places in self._places.values() for place in places))
+        self._layout = Layout(self._name, slots)
+        self._skeletons = Skeletons(template, self._layout.slots)
         self._parametrized = any(parametrize.is_parametrized(part) for _, part in named_parts(template))
         self._probed = False
         self._aliased = False  # whether forward hangs something on its parameters: then it gets other names for them
         self._watched = Watched()
+        self._rules, self._may_meet = -1, True  # how many rules there were when the latter was found out
 
     def __call__(self, params: Params, buffers: Buffers, /, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         """Run the module's forward with these tensors in place of its own.
@@ -85,26 +76,29 @@ class Apply:
         if torch.compiler.is_compiling():
             return self._traced(params, buffers, args, kwargs)
         if torch._C._len_torch_function_stack():
-            with (
-                torch._C.DisableTorchFunction()
-            ):  # no mode around the call needs to see these, and each look takes time
+            with torch._C.DisableTorchFunction():  # no mode needs to see these, and each look takes time
                 given, tensors = self._gather(params, buffers)
         else:
             given, tensors = self._gather(params, buffers)
         skeleton = self._skeletons.take()
-        if skeleton.known and not self._overlapping and not global_hooks():
+        if skeleton.known and self._probed and not self._layout.overlapping and not global_hooks():
             return self._known(skeleton, buffers, tensors, args, kwargs)
         return self._unknown(skeleton, params, given, args, kwargs)
+
+    # Modules that bind nothing anew ----------------------------------------------------------------------------------
 
     def _known(
         self, skeleton: Skeleton, buffers: Buffers, tensors: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Buffers]:
-        """A call of a module of which is known that it writes into registered buffers at most."""
-        inside = transforming()
-        installed = self._with_own_buffers(tensors, (args, kwargs)) if self._registered else tensors
+        """A call of a module of which is known that it writes into tensors at most, and keeps nothing."""
+        inside, reads, layout = transforming(), skeleton.conduct == "only reads", self._layout
+        installed = self._with_own_buffers(tensors, (args, kwargs)) if layout.registered else tensors
+        before = versions_of(installed) if reads else None
         mode = self._mode(inside)
+        if reads:
+            skeleton.is_held()
         try:
-            skeleton.fill(self._by_slot(installed) if self._tied else installed)
+            skeleton.fill(layout.by_slot(installed))
             if mode is None:
                 out = skeleton.inner(*args, **kwargs)
             else:
@@ -112,33 +106,45 @@ class Apply:
                     out = skeleton.inner(*args, **kwargs)
         finally:
             skeleton.vacate()
-        self._skeletons.give_back(skeleton)
+        if before is not None and before != (after := versions_of(installed)):
+            self._check_unwritten(before, after)
         new_buffers = {**buffers}
-        for index, name in self._registered:
+        for index, name in layout.registered:
             own, given = installed[index], tensors[index]
             if name in new_buffers and own is not None and given is not None and (inside or is_changed(own, given)):
                 new_buffers[name] = own
+        if not reads or not skeleton.is_held():
+            self._skeletons.give_back(skeleton)
+        elif not inside:
+            written = {name for name, tensor in new_buffers.items() if tensor is not buffers[name]}
+            self._outlive(skeleton, dict(zip(layout.places, installed, strict=True)), written, mode)
         return out, new_buffers
 
     def _with_own_buffers(self, tensors: Tensors, inputs: Any) -> Tensors:
         """The registered buffers cloned; inside vmap, floating ones per task."""
         one = per_task_one(_tensors((tensors, inputs))) if transforming() else None
         installed = [*tensors]
-        for index, _ in self._registered:
+        for index, _ in self._layout.registered:
             tensor = installed[index]
             if tensor is not None:
                 installed[index] = _own(tensor, one)
         return installed
 
-    def _by_slot(self, tensors: Tensors) -> Tensors:
-        """The tensors by slot, of which a tied weight has several."""
-        return [*map(tensors.__getitem__, self._spread), *tensors[len(self._expected.shapes) :]]
+    def _check_unwritten(self, before: Versions, after: Versions) -> None:
+        for name, old, new in zip(self._layout.places, before, after, strict=True):
+            if old != new and name not in self._layout.own_buffers:
+                raise writes_parameter(self._name, name, touched=True)
 
     def _mode(self, inside: bool) -> AbstractContextManager[Any] | None:
         """The rules that a call needs; None where it is known to need none."""
         if inside:
             return rules("transforms")
-        return None if self._watched.settled else self._watched.where_needed()
+        watched = self._watched
+        if not watched.entered or watched.met:
+            return watched.where_needed()
+        if self._rules != len(RULES):
+            self._rules, self._may_meet = len(RULES), may_meet(self._skeletons.template, FUNCTIONS[watched.noted])
+        return None if not self._may_meet or active_rules() is not None else watched
 
     # Modules with code of their own --------------------------------------------------------------------------------
 
@@ -151,18 +157,17 @@ class Apply:
         kwargs: dict[str, Any],
     ) -> tuple[Any, Buffers]:
         """A call after which is looked at everything that it can have done."""
-        inside, call = transforming(), Call()
+        inside, call, layout = transforming(), Call(), self._layout
         with torch._C.DisableTorchFunction():
             installed = self._installed(given, (args, kwargs), call)
             versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
-        holders = skeleton.holders()
-        occasion = active_rules()
+        skeleton.is_held()
+        mode = self._mode(inside)
         try:
-            skeleton.fill([installed.get(name) for name, places in self._places.items() for _ in places])
-            with self._mode(inside) or nullcontext():
+            skeleton.fill(layout.by_slot(layout.in_order(installed)))
+            with mode or nullcontext():
                 out = skeleton.inner(*args, **kwargs)
-                occasion = active_rules()
             values = skeleton.read()
         except RuntimeError as error:
             if inside and is_checkpointing(error):
@@ -175,37 +180,54 @@ class Apply:
             skeleton.vacate()
             call.end()
         with torch._C.DisableTorchFunction():
-            new_buffers = self._harvest(values, given, installed, versions, params)
+            new_buffers = harvest(layout, values, given, installed, versions, params, self._probed)
         if not self._probed:
             check_grads(given, grads, self._name)
             self._aliased = self._aliased or any(tensor._backward_hooks for tensor in installed.values())
             self._probed = True
-        if skeleton.holders() == holders:
+        if not skeleton.is_held():
             if not self._skeletons.give_back(skeleton):
-                check_new_slots(skeleton, self._places, set(map(id, installed.values())), self._name)
+                check_new_slots(skeleton, self._layout.places, set(map(id, installed.values())), self._name)
         elif not inside:
             refuse_reentrant(_tensors(out), (*given.values(), *_tensors((args, kwargs))), self._name)
-            if skeleton.pristine.still():
-                written = [name for name in installed if name in new_buffers and new_buffers[name] is not given[name]]
-                lasting = {name: self._lasting(name, tensor) for name, tensor in installed.items()}
-                keep(skeleton, self._places, lasting, written, occasion)
+            written = {name for name in installed if name in new_buffers and new_buffers[name] is not given[name]}
+            self._outlive(skeleton, installed, written, mode)
         return out, new_buffers
+
+    def _outlive(
+        self,
+        skeleton: Skeleton,
+        installed: Mapping[str, Tensor | None],
+        written: set[str],
+        mode: AbstractContextManager[Any] | None,
+    ) -> None:
+        """Leave the tensors in a skeleton of which something holds a part, if it is as it was else."""
+        if skeleton.withdraw():
+            lasting = {name: self._lasting(name, tensor) for name, tensor in installed.items() if tensor is not None}
+            keep(
+                skeleton,
+                self._layout.places,
+                lasting,
+                written,
+                mode.when if isinstance(mode, Rules) else active_rules(),
+            )
 
     def _traced(
         self, params: Params, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Buffers]:
         """A call that dynamo follows."""
         self._check(params, buffers)
+        layout = self._layout
         given: dict[str, Tensor] = {**params, **buffers}
         installed = self._installed(given, (args, kwargs))
         flat: dict[str, Any] = {
-            f"inner.{place.path}": t for name, t in installed.items() for place in self._places[name]
+            f"inner.{place.path}": t for name, t in installed.items() for place in self._layout.places[name]
         }
-        for name in self._expected.emptied.difference(installed):
-            flat.update({f"inner.{place.path}": None for place in self._places[name]})
+        for name in layout.expected.emptied.difference(installed):
+            flat.update({f"inner.{place.path}": None for place in self._layout.places[name]})
         with rules("transforms"):
             out, values = functional_call(self._skeletons.traced, flat, args, kwargs, tie_weights=False)
-        return out, self._harvest(values, given, installed, {}, params)
+        return out, harvest(layout, values, given, installed, {}, params, self._probed)
 
     def _installed(self, given: dict[str, Tensor], inputs: Any, call: Call | None = None) -> dict[str, Tensor]:
         """What goes into the slots: clones of the registered buffers; parameters as they are, and known as such.
@@ -214,15 +236,15 @@ class Apply:
         do so, the error comes before the caller's tensor is touched.
         """
         one: Tensor | None = None
-        if self._registered and transforming():
+        if self._layout.registered and transforming():
             one = per_task_one([*given.values(), *_tensors(inputs)])
         installed: dict[str, Tensor] = {}
         for name, tensor in given.items():
-            if name in self._own_buffers:
+            if name in self._layout.own_buffers:
                 installed[name] = _own(tensor, one)
             elif not self._probed:
-                installed[name] = as_parameter(tensor.clone(), self._attributes.get(name, {}))
-            elif self._aliased or call is None or name in self._attributes:
+                installed[name] = as_parameter(tensor.clone(), self._layout.attributes.get(name, {}))
+            elif self._aliased or call is None or name in self._layout.attributes:
                 installed[name] = self._lasting(name, tensor)
             else:
                 installed[name] = call.mark(tensor)
@@ -230,65 +252,20 @@ class Apply:
 
     def _lasting(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter as it is, or another name by which a tensor is known as one for as long as it lives."""
-        if name in self._own_buffers or (isinstance(tensor, nn.Parameter) and not self._aliased):
+        if name in self._layout.own_buffers or (isinstance(tensor, nn.Parameter) and not self._aliased):
             return tensor
-        return as_parameter(tensor, self._attributes.get(name, {}))
-
-    def _harvest(
-        self,
-        values: Sequence[Tensor | None],
-        given: dict[str, Tensor],
-        installed: dict[str, Tensor],
-        versions: dict[str, tuple[int, ...]],
-        params: Params,
-    ) -> Buffers:
-        """The tensors that stand in the slots after the call; an error where a parameter's has changed."""
-        harvest: Buffers = {}
-        eager = not transforming()
-        remaining = iter(values)
-        shapes = self._expected.shapes
-        for name, places in self._places.items():
-            found = [next(remaining) for _ in places]
-            before = installed.get(name)
-            own = name in self._own_buffers
-            # A parameter's slot that is empty now was cleared for this call; the parameter itself is as it was.
-            value = next((new for new in found if new is not before and (own or new is not None)), before)
-            written = value is not before
-            if before is not None and not written and name in versions:
-                written = is_written(before, versions[name], given[name])
-            if written and name in self._overlapping:
-                raise MutationError(
-                    f"`{self._name}` writes into `{name}`, whose storage another of its tensors shares: the other one "
-                    "would not see it; give each a tensor of its own"
-                )
-            if written and not own and name not in self._empty:
-                raise MutationError(
-                    f"`{self._name}` changes its parameter `{name}` in forward, which a pure function cannot do: "
-                    "compute the new value out of place, or register the tensor as a buffer"
-                    + ("; the tensor that was passed in has been changed" if self._probed else "")
-                )
-            if name in params:
-                continue
-            if value is None:
-                if own and name in shapes:
-                    self._expected.emptied.add(name)
-                continue
-            harvest[name] = given[name] if not written and (not own or (eager and name in versions)) else value
-            if name in shapes and value.shape != shapes[name]:
-                self._expected.resized.add(name)
-        order = [name for name in given if name not in params]
-        return {name: harvest[name] for name in (*order, *harvest) if name in harvest}
+        return as_parameter(tensor, self._layout.attributes.get(name, {}))
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def _gather(self, params: Params, buffers: Buffers) -> tuple[dict[str, Tensor], Tensors]:
         if self._parametrized:
             self._check_cache()
-        return self._expected.gather(params, buffers)
+        return self._layout.expected.gather(params, buffers)
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         self._check_cache()
-        self._expected.check(params, buffers)
+        self._layout.expected.check(params, buffers)
 
     def _check_cache(self) -> None:
         if self._parametrized and parametrize._cache_enabled:
@@ -302,7 +279,7 @@ class Apply:
         template = self._skeletons.copy()
         template.train(mode)
         new = copy.copy(self)
-        new._expected = self._expected.copy()
+        new._layout = self._layout.copy()
         new._probed, new._watched = False, Watched()
         new._skeletons = Skeletons(template, self._skeletons.paths)
         return new
@@ -325,13 +302,13 @@ class Apply:
         """
         self._check(params, buffers)
         bound = self._skeletons.copy()
-        fill(bound, self._places, self._installed({**params, **buffers}, None))
+        fill(bound, self._layout.places, self._installed({**params, **buffers}, None))
         for _, part in named_parts(bound):
             guard_methods(part)
         return bound
 
     def __repr__(self) -> str:
-        return f"<apply of {self._name}: {len(self._params)} params, {len(self._buffers)} buffers>"
+        return f"<apply of {self._name}: {len(self._layout.params)} params, {len(self._layout.buffers)} buffers>"
 
 
 def _tensors(tree: Any) -> list[Tensor]:

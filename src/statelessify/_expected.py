@@ -33,6 +33,7 @@ class Expected:
         self.emptied: set[str] = set()
         self._pick = _picker(tuple(self.shapes))
         self._in_order = list(self.shapes.values())
+        self._none = (None,) * len(self.empty)
 
     def gather(self, params: Params, buffers: Buffers) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
         """The tensors by name, and in the order of the slots' names; an error where they are not the right ones.
@@ -43,15 +44,14 @@ class Expected:
         try:
             given: dict[str, Tensor] = {**params, **buffers}
             tensors = self._pick(given)
-            right = (
+            if (
                 len(given) == len(tensors) == len(params) + len(buffers)
                 and _ORDINARY.issuperset(map(type, tensors))
                 and [*map(_SHAPE, tensors)] == self._in_order
-            )
+            ):
+                return given, tensors + self._none
         except (KeyError, TypeError):
-            right = False
-        if right:
-            return given, tensors  # pyright: ignore[reportPossiblyUnboundVariable]
+            pass
         self.check(params, buffers)
         given = {**params, **buffers}
         return given, tuple(given.get(name) for name in (*self.shapes, *self.empty))

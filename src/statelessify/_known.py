@@ -1,66 +1,68 @@
-"""Modules that run no code but torch's own, of which is known what it does to a module: nothing."""
+"""Modules whose code is known well enough that little of what a call does has to be looked at."""
 
 from __future__ import annotations
 
-import sys
-import types
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
-import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from ._structure import ATOMIC, named_parts
+from ._reads import is_inert, is_torchs, mentioned, only_reads
+from ._structure import named_parts
 from .rules._registry import rule_of_class
 
 __all__: list[str] = []
 
+Conduct = Literal["writes buffers", "only reads", "unknown"]
 
-def is_known(module: nn.Module) -> bool:
-    """Whether every part is an instance of a class of `torch.nn`, without hooks, that only reads its attributes.
 
-    Such a forward neither writes into a parameter nor binds one anew, keeps no state in Python, asks no tensor whether
-    it is a parameter, and nothing of the module outlives the call.
+def conduct_of(module: nn.Module) -> Conduct:
+    """What the forward of a module is known to do to the module.
+
+    "writes buffers": no code runs but torch's own. It writes into registered buffers, in place, and that is all: it
+    keeps no state in Python, binds no attribute anew, asks no tensor whether it is a parameter, and nothing of the
+    module outlives the call. "only reads": neither does the user's code, as far as can be seen, but it may write into
+    any tensor, and hand out a part.
     """
-    return all(_is_known(part) for _, part in named_parts(module))
+    if not all(_is_simple(part) for _, part in named_parts(module)):
+        return "unknown"
+    if all(is_torchs(type(part)) for _, part in named_parts(module)):
+        return "writes buffers"
+    return "only reads" if only_reads(module) else "unknown"
 
 
 _WRITING = (nn.RNNBase, nn.SyncBatchNorm)  # an RNN puts its weights into a list
-_HOOKS = frozenset(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "state_dict" not in name)
+_NEW = nn.Module().__dict__
+_HOOKS = frozenset(name for name in _NEW if name.endswith("_hooks") and "state_dict" not in name)
+_DICTS = frozenset(name for name, value in _NEW.items() if isinstance(value, (dict, set)))
 _OURS = __name__.partition(".")[0]
 
 
-def _is_known(part: nn.Module) -> bool:
-    kind = type(part)
-    place = sys.modules.get(kind.__module__)
-    torchs = kind.__module__.startswith("torch.nn.modules.") and getattr(place, kind.__name__, None) is kind
-    if not torchs or isinstance(part, _WRITING):
-        return False
-    if getattr(part, "max_norm", None) is not None:  # an embedding that rescales its weight
-        return False
-    rule = rule_of_class(kind)
-    if rule is not None and rule.call.__module__.partition(".")[0] != _OURS:
+def _is_simple(part: nn.Module) -> bool:
+    """Whether a part has no hooks, nothing but fixed values as attributes, and no forward that writes into weights."""
+    rule = rule_of_class(type(part))
+    if isinstance(part, _WRITING) or (rule is not None and rule.call.__module__.partition(".")[0] != _OURS):
         return False
     own = part.__dict__
-    if any(own.get(name) for name in _HOOKS):
+    if own.get("max_norm") is not None or any(own.get(name) for name in _HOOKS):  # max_norm: rescales its weight
         return False
-    return all(
-        _is_inert(value)
-        for name, value in own.items()
-        if name not in _DICTS and name not in ("register_parameter", *(("forward",) if rule else ()))
-    )
+    ours = {*_DICTS, "register_parameter", *(("forward",) if rule else ())}
+    return all(is_inert(value) for name, value in own.items() if name not in ours)
 
 
-_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
-
-
-def _is_inert(value: Any) -> bool:
-    """Whether a value is fixed, or a function of torch's."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_inert, cast("Any", value)))
-    if isinstance(value, types.FunctionType):
-        return value.__module__.partition(".")[0] == torch.__name__
-    return isinstance(value, ATOMIC)
+def may_meet(module: nn.Module, functions: Iterable[Any]) -> bool:
+    """Whether a call may reach one of some functions, be it in a branch that calls have not taken so far."""
+    names = mentioned(module)
+    if names is None:
+        return True
+    for _, part in named_parts(module):
+        rule = rule_of_class(type(part))
+        code = getattr(type(part).forward, "__code__", None)
+        if code is not None and (rule is None or rule.when != "always"):
+            names.update(code.co_names)
+    called = {name for function in functions if (name := getattr(function, "__name__", None))}
+    return not names.isdisjoint(called | {name.strip("_") for name in called if name.startswith("__")})
 
 
 def global_hooks() -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ._known import is_known
+from ._known import Conduct, conduct_of
 from ._pristine import Pristine
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
@@ -133,16 +133,18 @@ class Skeleton(nn.Module):
         self._parts = [part for _, part in named_parts(inner)]
         for part in self._parts:
             part.__dict__["register_parameter"] = types.MethodType(register_parameter, part)
-        self.known = not traced and is_known(inner)
-        self._vacant = self.read()
+        self.conduct: Conduct = "unknown" if traced else conduct_of(inner)
+        self.known = self.conduct != "unknown"
+        self._vacant = self._read()
         self._names = [name for _, name, _ in self._slots]
         self._entries: list[dict[str, Any]] = [
             owner.__dict__ if self.known else owner._buffers if is_buffer else owner._parameters
             for owner, _, is_buffer in self._slots
         ]
+        self.pristine = None if self.known else Pristine(inner)
         if self.known:
             self._show_attributes()
-        self.pristine = Pristine(inner)
+        self._held: int | None = None
         self._python = [
             (part, name, value)
             for _, part in named_parts(inner)
@@ -159,6 +161,17 @@ class Skeleton(nn.Module):
         for part in self._parts:
             part.__dict__.update(cast("Any", part._modules))
         self.vacate()
+
+    def withdraw(self) -> bool:
+        """End its use for calls: `_show_attributes` undone. Whether it is as it was before its last call."""
+        if self.pristine is not None:
+            return self.pristine.still()
+        for entries, name in zip(self._entries, self._names, strict=True):
+            entries.pop(name, None)
+        for part in self._parts:
+            for name in part._modules:
+                part.__dict__.pop(name, None)
+        return True
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
         if torch.compiler.is_compiling():
@@ -180,12 +193,20 @@ class Skeleton(nn.Module):
                 (owner._buffers if is_buffer else owner._parameters)[name] = None
         return out, values
 
-    def holders(self) -> int:
-        """How many references to its parts there are: more after a call than before, and something has kept one."""
-        return sum(map(sys.getrefcount, self._parts))
+    def is_held(self) -> bool:
+        """Whether something has kept one of its parts since this was first asked, before the first call."""
+        holders = sum(map(sys.getrefcount, self._parts))
+        if self._held is None:
+            self._held = holders
+        return holders != self._held
 
     def read(self) -> list[Tensor | None]:
         """What stands in the slots, also in those that forward has bound anew."""
+        if self.known:
+            return [entries[name] for entries, name in zip(self._entries, self._names, strict=True)]
+        return self._read()
+
+    def _read(self) -> list[Tensor | None]:
         return [
             (owner._buffers if is_buffer else owner._parameters).get(name) for owner, name, is_buffer in self._slots
         ]
@@ -222,7 +243,7 @@ class Skeletons:
         """A skeleton for one call."""
         try:
             skeleton = self._idle.pop()  # atomic: no lock is needed
-            if skeleton.rules == len(RULES) and (skeleton.known or skeleton.pristine.unshared()):
+            if skeleton.rules == len(RULES) and (skeleton.pristine is None or skeleton.pristine.unshared()):
                 return skeleton
         except IndexError:
             pass
@@ -230,7 +251,7 @@ class Skeletons:
 
     def give_back(self, skeleton: Skeleton) -> bool:
         """Use a skeleton again, unless its call has left a trace on it; whether it will be."""
-        still = skeleton.known or skeleton.pristine.still()
+        still = skeleton.pristine is None or skeleton.pristine.still()
         if still:
             self._idle.append(skeleton)
         return still

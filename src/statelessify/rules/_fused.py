@@ -18,10 +18,14 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def forward(ctx: Any, fused: Callable[..., Tensor], composed: Callable[..., Tensor], *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.composed = composed
-        with torch.enable_grad(), torch._C.DisableTorchFunction():  # else a mode would come back to the rule
+        with torch._C.DisableTorchFunction():  # else a mode would come back to the rule
             ctx.inner = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            ctx.out = fused(*ctx.inner)
-        return ctx.out.detach()
+            torch._C._set_grad_enabled(True)  # it is off here; the context manager takes several times as long
+            try:
+                ctx.out = fused(*ctx.inner)
+            finally:
+                torch._C._set_grad_enabled(False)
+            return ctx.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -147,7 +147,6 @@ class Watched(Rules):
         super().__init__("always")
         self.noted: When = noted
         self.entered = False
-        self.settled = False  # whether it is known that no mode is needed
         self.met: set[Any] = set()  # functions with a rule on the noted occasion
 
     def where_needed(self) -> AbstractContextManager[Any]:
@@ -158,7 +157,6 @@ class Watched(Rules):
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self.entered = self.entered or kind is None  # a call that raised may not have come that far
-        self.settled = self.entered and not self.met
         super().__exit__(kind, *error)
 
     def __torch_function__(
