@@ -25,7 +25,7 @@ from ._effects import (
     writes_parameter,
 )
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._known import global_hooks, may_meet
+from ._known import global_hooks, may_meet_rules
 from ._layout import Layout, Tensors
 from ._likeness import Call, as_parameter
 from ._skeleton import Skeleton, Skeletons, Slots
@@ -33,7 +33,7 @@ from ._structure import named_parts
 from ._transforms import per_task_one, transforming
 from ._tree import tree_leaves
 from .errors import CheckpointError, ModuleError
-from .rules._registry import FUNCTIONS, RULES, Rules, Watched, active_rules, rules
+from .rules._registry import RULES, Rules, Watched, active_rules, rules
 from .typing import Buffers, Params
 
 __all__: list[str] = []
@@ -143,7 +143,7 @@ class Apply:
         if not watched.entered or watched.met:
             return watched.where_needed()
         if self._rules != len(RULES):
-            self._rules, self._may_meet = len(RULES), may_meet(self._skeletons.template, FUNCTIONS[watched.noted])
+            self._rules, self._may_meet = len(RULES), may_meet_rules(self._skeletons.template)
         return None if not self._may_meet or active_rules() is not None else watched
 
     # Modules with code of their own --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch.nn.modules import module as hooks
 
 from ._reads import is_inert, is_torchs, mentioned, only_reads
 from ._structure import named_parts
-from .rules._registry import rule_of_class
+from .rules._registry import FUNCTIONS, rule_of_class
 
 __all__: list[str] = []
 
@@ -51,18 +50,23 @@ def _is_simple(part: nn.Module) -> bool:
     return all(is_inert(value) for name, value in own.items() if name not in ours)
 
 
-def may_meet(module: nn.Module, functions: Iterable[Any]) -> bool:
-    """Whether a call may reach one of some functions, be it in a branch that calls have not taken so far."""
+def may_meet_rules(module: nn.Module) -> bool:
+    """Whether a call may reach a function with a rule that holds always, be it in a branch not taken so far.
+
+    The functions of our own rules are reached by their names. The user's rules may be for any function, which torch's
+    code may call too.
+    """
+    functions = FUNCTIONS["always"]
     names = mentioned(module)
-    if names is None:
+    if names is None or any(call.__module__.partition(".")[0] != _OURS for call in functions.values()):
         return True
     for _, part in named_parts(module):
         rule = rule_of_class(type(part))
         code = getattr(type(part).forward, "__code__", None)
         if code is not None and (rule is None or rule.when != "always"):
             names.update(code.co_names)
-    called = {name for function in functions if (name := getattr(function, "__name__", None))}
-    return not names.isdisjoint(called | {name.strip("_") for name in called if name.startswith("__")})
+    called = {function.__name__ for function in functions}
+    return not names.isdisjoint(called | {name.strip("_") for name in called})
 
 
 def global_hooks() -> bool:

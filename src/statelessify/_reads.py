@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
+import functools
 import math
 import types
 from collections.abc import Iterator
@@ -138,8 +140,9 @@ def _is_harmless(value: Any) -> bool:
 
 def _is_torchs_function(value: Any) -> bool:
     """Whether it is an operation on tensors: in Python, or in C."""
-    name = getattr(value, "__name__", "")
-    return any(getattr(place, name, None) is value for place in (F, torch)) and not isinstance(value, type)
+    if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return False
+    return any(getattr(place, value.__name__, None) is value for place in (F, torch))
 
 
 def _leads_elsewhere(name: str) -> bool:
@@ -206,10 +209,16 @@ def _behind(item: Any, names: set[str]) -> Iterator[Any]:
         yield from cast("Any", item)
     elif isinstance(item, dict):
         yield from cast("Any", item).values()
+    elif isinstance(item, functools.partial):
+        yield from (item.func, item.args, item.keywords)
+    elif isinstance(item, property):
+        yield from (item.fget, item.fset)
+    elif isinstance(item, (staticmethod, classmethod)):
+        yield cast("Any", item).__func__
     elif not isinstance(item, (types.ModuleType, *ATOMIC)):
         yield type(item)
-        yield getattr(item, "__dict__", None)
-        yield from (getattr(item, name, None) for name in ("func", "args", "keywords", "__wrapped__", "fget"))
+        with contextlib.suppress(AttributeError):
+            yield object.__getattribute__(item, "__dict__")
 
 
 def _behind_code(code: types.CodeType, globals_: dict[str, Any], names: set[str]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from ._registry import Rules, occasion_of_call, rule, rules_of_call
 
 __all__: list[str] = []
 
+_PLAIN, _IS_NESTED = {Tensor, nn.Parameter}, attrgetter("is_nested")
 _fused: Any = F.scaled_dot_product_attention
 
 
@@ -49,8 +51,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    inputs = [t for t in (query, key, value, attn_mask) if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_nested for t in inputs)
+    inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    plain = _PLAIN.issuperset(map(type, inputs)) and not any(map(_IS_NESTED, inputs))
     if plain and (transforming() or dropout_p > 0):  # a dropout mask could not be drawn again in backward
         return _composed(query, key, value, attn_mask, dropout_p, options)
     if not plain:
