@@ -307,6 +307,9 @@ class Apply:
             guard_methods(part)
         return bound
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rules": -1}  # where it is unpickled there may be others
+
     def __repr__(self) -> str:
         return f"<apply of {self._name}: {len(self._layout.params)} params, {len(self._layout.buffers)} buffers>"
 

@@ -92,7 +92,7 @@ def is_inert(value: Any) -> bool:
 
 _LIVE = (type, types.ModuleType, types.BuiltinFunctionType)
 _HARMLESS_DUNDERS = frozenset(
-    {"__init__", "__repr__", "__constants__", "__module__", "__doc__", "__dict__", "__weakref__"}
+    {"__init__", "__constants__", "__module__", "__doc__", "__dict__", "__weakref__"}
     | {"__annotations__", "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__"}
 )
 
@@ -127,8 +127,8 @@ def _global(function: types.FunctionType, name: str) -> Any:
 
 
 _builtins: Any = __import__("builtins")
-_SAFE = (abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, max, min, print, range)
-_HARMLESS = {id(v) for v in (*_SAFE, reversed, round, sorted, str, sum, super, tuple, zip, torch, nn, F, math, Tensor)}
+_SAFE = (abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, max, min, range)
+_HARMLESS = {id(v) for v in (*_SAFE, reversed, round, sorted, sum, super, tuple, zip, torch, nn, F, math, Tensor)}
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
 
