@@ -277,9 +277,15 @@ class _Gated(nn.Module):  # whose first call does without its part
 
 @probe(nn.MultiheadAttention)
 def _attention_module() -> None:
-    apply, params, buffers = stateless(_Gated(nn.MultiheadAttention(4, 2)))
+    """Without the rule of the module each call needs a mode for the function, which takes longer than the module."""
+    part = nn.MultiheadAttention(4, 2)
+    part.register_forward_pre_hook(lambda *_: modes.append(torch._C._len_torch_function_stack()))
+    modes: list[int] = []
+    apply, params, buffers = stateless(_Gated(part))
     x = torch.randn(3, 2, 4)
-    apply(params, buffers, x)
+    for _ in range(2):
+        apply(params, buffers, x, x, x, need_weights=False)
+    assert modes == [1, 0]
     out = apply(params, buffers, x, x, x, need_weights=False)[0][0]
     grads = torch.autograd.grad(out.sin().sum(), list(params.values()), create_graph=True)
     torch.autograd.grad(sum(g.sum() for g in grads), list(params.values()))

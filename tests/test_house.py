@@ -57,9 +57,11 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant _transforms _graph _loop _random",
-            "rules _task_trees _pristine _attach _capture _split",
-            "_skeleton _tasks _lost optim implicit",
+            "_tree _partition _structure _vacant _transforms _graph _expected _likeness _loop _random",
+            "rules _task_trees _pristine _reads _attach _capture _split",
+            "_known _lost",
+            "_skeleton _tasks optim implicit",
+            "_layout",
             "_effects _kept _gradient _values",
             "_apply _checkpoint",
             "_stateless _trial _unroll _forward_mode _implicit",

@@ -256,15 +256,25 @@ class Counts(nn.Module):
         return F.scaled_dot_product_attention(x, x, x) if attends else x
 
 
-@pytest.mark.parametrize("attends", [False, True])
-def test_eager_code_has_a_mode_only_where_it_attends(attends: bool) -> None:
-    apply, params, buffers = stateless(Counts())
+class CountsAlone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, seen: list[int], _: bool) -> Tensor:
+        seen.append(torch._C._len_torch_function_stack())
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("kind", "attends"), [(CountsAlone, False), (Counts, False), (Counts, True)])
+def test_eager_code_has_a_mode_only_where_it_may_attend(kind: type[nn.Module], attends: bool) -> None:
+    apply, params, buffers = stateless(kind())
     seen: list[int] = []
     for _ in range(3):
         apply(params, buffers, torch.randn(LENGTH, WIDTH), seen, attends)
     vmap(lambda x: apply(params, buffers, x, seen, attends)[0])(torch.randn(2, LENGTH, WIDTH))
     apply(params, buffers, torch.randn(LENGTH, WIDTH), seen, attends)
-    assert seen == ([1] * 5 if attends else [1, 0, 0, 1, 0])
+    assert seen == ([1] * 5 if kind is Counts else [1, 0, 0, 1, 0])
     assert torch._C._len_torch_function_stack() == 0
 
 

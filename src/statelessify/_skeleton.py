@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ._known import Conduct, conduct_of
 from ._pristine import Pristine
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
-from .rules._registry import install
+from .rules._registry import RULES, install
 
 __all__: list[str] = []
 
@@ -115,25 +116,35 @@ def register_parameter(part: nn.Module, name: str, param: Tensor | None) -> None
 
 
 class Skeleton(nn.Module):
-    """One copy of a structure with what is needed to run it: it calls `inner`, then reads every slot.
+    """One copy of a structure with what is needed to run it: tensors are put into its slots, and read from there.
 
-    It is a module of its own so that `torch.func.functional_call` installs and removes the tensors, and the slots
-    are read in between.
+    It is a module of its own so that `torch.func.functional_call` can do the same, which dynamo follows.
     """
 
-    def __init__(self, inner: nn.Module, paths: tuple[Slot, ...]) -> None:
+    def __init__(self, inner: nn.Module, paths: tuple[Slot, ...], traced: bool = False) -> None:
         super().__init__()
         self.inner = inner
+        self.rules = len(RULES)  # one that comes later holds for another skeleton
         owners = dict(named_parts(inner))
         split = [slot.path.rpartition(".") for slot in paths]
         self._slots = [
             (owners[owner], name, slot.registered_buffer) for (owner, _, name), slot in zip(split, paths, strict=True)
         ]
-        self._empty = [slot for slot, tensor in zip(self._slots, self.read(), strict=True) if tensor is None]
         self._parts = [part for _, part in named_parts(inner)]
         for part in self._parts:
             part.__dict__["register_parameter"] = types.MethodType(register_parameter, part)
-        self.pristine = Pristine(inner)
+        self.conduct: Conduct = "unknown" if traced else conduct_of(inner)
+        self.known = self.conduct != "unknown"
+        self._vacant = self._read()
+        self._names = [name for _, name, _ in self._slots]
+        self._entries: list[dict[str, Any]] = [
+            owner.__dict__ if self.known else owner._buffers if is_buffer else owner._parameters
+            for owner, _, is_buffer in self._slots
+        ]
+        self.pristine = None if self.known else Pristine(inner)
+        if self.known:
+            self._show_attributes()
+        self._held: int | None = None
         self._python = [
             (part, name, value)
             for _, part in named_parts(inner)
@@ -141,6 +152,26 @@ class Skeleton(nn.Module):
             for name, value in part.__dict__.items()
             if name not in MODULE_ATTRIBUTES and name not in ("forward", "register_parameter")
         ]
+
+    def _show_attributes(self) -> None:
+        """Put what an attribute leads to where Python looks first: `nn.Module.__getattr__` takes longer.
+
+        An attribute that forward binds anew would keep its old value: only for known modules, which do not.
+        """
+        for part in self._parts:
+            part.__dict__.update(cast("Any", part._modules))
+        self.vacate()
+
+    def withdraw(self) -> bool:
+        """End its use for calls: `_show_attributes` undone. Whether it is as it was before its last call."""
+        if self.pristine is not None:
+            return self.pristine.still()
+        for entries, name in zip(self._entries, self._names, strict=True):
+            entries.pop(name, None)
+        for part in self._parts:
+            for name in part._modules:
+                part.__dict__.pop(name, None)
+        return True
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
         if torch.compiler.is_compiling():
@@ -157,18 +188,38 @@ class Skeleton(nn.Module):
         values = self.read()
         for part, name, value in self._python:
             setattr(part, name, value)
-        for owner, name, is_buffer in self._empty:
-            (owner._buffers if is_buffer else owner._parameters)[name] = None
+        for (owner, name, is_buffer), vacant in zip(self._slots, self._vacant, strict=True):
+            if vacant is None:
+                (owner._buffers if is_buffer else owner._parameters)[name] = None
         return out, values
 
-    def holders(self) -> int:
-        """How many references to its parts there are: more after a call than before, and something has kept one."""
-        return sum(map(sys.getrefcount, self._parts))
+    def is_held(self) -> bool:
+        """Whether something has kept one of its parts since this was first asked, before the first call."""
+        holders = sum(map(sys.getrefcount, self._parts))
+        if self._held is None:
+            self._held = holders
+        return holders != self._held
 
     def read(self) -> list[Tensor | None]:
+        """What stands in the slots, also in those that forward has bound anew."""
+        if self.known:
+            return [entries[name] for entries, name in zip(self._entries, self._names, strict=True)]
+        return self._read()
+
+    def _read(self) -> list[Tensor | None]:
         return [
             (owner._buffers if is_buffer else owner._parameters).get(name) for owner, name, is_buffer in self._slots
         ]
+
+    def fill(self, tensors: Iterable[Tensor | None]) -> None:
+        """Put a tensor into each slot."""
+        for entries, name, tensor in zip(self._entries, self._names, tensors):  # noqa: B905
+            entries[name] = tensor
+
+    def vacate(self) -> None:
+        """Leave the slots as they were: nothing holds a tensor of the call, and who comes late meets an error."""
+        for entries, name, tensor in zip(self._entries, self._names, self._vacant):  # noqa: B905
+            entries[name] = tensor
 
 
 class Skeletons:
@@ -181,7 +232,7 @@ class Skeletons:
     def __init__(self, template: nn.Module, paths: tuple[Slot, ...]) -> None:
         self.template = template
         self.paths = paths
-        self.traced = Skeleton(self.copy(traced=True), paths)  # dynamo traces one call at a time, and cannot copy
+        self.traced = Skeleton(self.copy(traced=True), paths, True)  # dynamo traces one call at a time, and cannot copy
         self._idle: list[Skeleton] = []
 
     def copy(self, traced: bool = False) -> nn.Module:
@@ -192,7 +243,7 @@ class Skeletons:
         """A skeleton for one call."""
         try:
             skeleton = self._idle.pop()  # atomic: no lock is needed
-            if skeleton.pristine.unshared():
+            if skeleton.rules == len(RULES) and (skeleton.pristine is None or skeleton.pristine.unshared()):
                 return skeleton
         except IndexError:
             pass
@@ -200,7 +251,7 @@ class Skeletons:
 
     def give_back(self, skeleton: Skeleton) -> bool:
         """Use a skeleton again, unless its call has left a trace on it; whether it will be."""
-        still = skeleton.pristine.still()
+        still = skeleton.pristine is None or skeleton.pristine.still()
         if still:
             self._idle.append(skeleton)
         return still

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._apply import Apply, check_tensors, wrong_shape
+from ._apply import Apply
+from ._expected import check_tensors, wrong_shape
 from ._skeleton import Slots, check_is_module, check_supported, find_slots
 from ._structure import copy_structure, is_uninitialized, leads_back, named_parts, reachable
 from ._tree import tree_copy

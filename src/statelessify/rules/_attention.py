@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from ._registry import Rules, occasion_of_call, rule, rules_of_call
 
 __all__: list[str] = []
 
+_PLAIN, _IS_NESTED = {Tensor, nn.Parameter}, attrgetter("is_nested")
 _fused: Any = F.scaled_dot_product_attention
 
 
@@ -49,8 +51,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    inputs = [t for t in (query, key, value, attn_mask) if t is not None]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_nested for t in inputs)
+    inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    plain = _PLAIN.issuperset(map(type, inputs)) and not any(map(_IS_NESTED, inputs))
     if plain and (transforming() or dropout_p > 0):  # a dropout mask could not be drawn again in backward
         return _composed(query, key, value, attn_mask, dropout_p, options)
     if not plain:
@@ -83,10 +85,17 @@ _multi_head = _twin(F.multi_head_attention_forward, has_torch_function=_never)
 _multi_head_alone = _twin(
     F.multi_head_attention_forward, has_torch_function=_never, scaled_dot_product_attention=_attention
 )
+# What asks this `torch` is told that the fast paths are switched off.
+_slow = types.SimpleNamespace(
+    **{**vars(torch), "backends": types.SimpleNamespace(mha=types.SimpleNamespace(get_fastpath_enabled=bool))}
+)
 _forward_alone = _twin(
     nn.MultiheadAttention.forward,
+    torch=_slow,
     F=types.SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _multi_head_alone}),
 )
+_layer_alone = _twin(nn.TransformerEncoderLayer.forward, torch=_slow)
+_encoder_alone = _twin(nn.TransformerEncoder.forward, torch=_slow)
 
 _FAST_PATH = "in evaluation the result of its fast path depends on what requires a gradient"
 _MHA = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/activation.py"
@@ -113,7 +122,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     when="always",
 )
 def _attention_module(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    if self.training and not transforming():
+    if not transforming():
         return _forward_alone(self, *args, **kwargs)
     with rules_of_call():  # while a mode is active there is no fast path
         return nn.MultiheadAttention.forward(self, *args, **kwargs)
@@ -131,6 +140,8 @@ def _left_aligned(src: Tensor, mask: Tensor) -> bool:
 
 @rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")
 def _encoder_layer(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
+    if not transforming():
+        return _layer_alone(self, *args, **kwargs)
     with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
 
@@ -148,9 +159,10 @@ def _encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Tensor:
-    hint = bool(is_causal) if transforming() else is_causal
+    if not transforming():
+        return _encoder_alone(self, src, mask, src_key_padding_mask, is_causal)
     with nullcontext() if self.training else rules_of_call():
-        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, hint)
+        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, bool(is_causal))
 
 
 @rule(
