@@ -57,7 +57,7 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant _transforms _graph",
+            "_tree _partition _structure _vacant _transforms _graph _vmapped",
             "rules _task_trees _pristine",
             "_skeleton _tasks _checkpoint optim implicit",
             "_effects _kept _gradient",

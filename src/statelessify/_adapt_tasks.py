@@ -27,12 +27,13 @@ from ._task_trees import (
     shared,
     sliced,
 )
-from ._tasks import Mapper, random_state, set_random_state
+from ._tasks import Mapper
 from ._transforms import transforming
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
+from ._vmapped import random_state, set_random_state
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
-from .optim._checked import checked
+from .optim._checked import checked, is_rule
 from .optim._container import replaced
 from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
@@ -143,8 +144,18 @@ class _State(NamedTuple):
     """What goes from step to step: parameters ``(tasks, ...)``, and two trees that may have shared leaves."""
 
     params: Any
-    opt_state: Tasks
+    opt_state: Tasks | Together
     carry: Tasks
+
+
+class Together(NamedTuple):
+    """The state of one of our own rules, shared but for slots that are like the parameters: and so its step keeps it."""
+
+    state: OptState
+
+    def expanded(self, tasks: int) -> OptState:
+        common = shared(self.state._replace(slots={})).expanded(tasks)
+        return common._replace(slots=self.state.slots)
 
 
 class _Run(NamedTuple):
@@ -205,8 +216,11 @@ class _Run(NamedTuple):
         grads = tree_map(lambda *each: torch.cat(each), *(grads for _, _, grads in parts))
         return torch.cat([values for values, _, _ in parts]), carries[0]._replace(leaves=leaves), grads
 
-    def _update(self, params: Any, grads: Any, opt_state: Tasks) -> tuple[Any, Tasks]:
+    def _update(self, params: Any, grads: Any, opt_state: Tasks | Together) -> tuple[Any, Tasks | Together]:
         """The optimizer's step: for all tasks at once where that is right, else mapped over them."""
+        if isinstance(opt_state, Together):
+            new_params, new_state = self.optimizer.step(params, grads, opt_state.state)
+            return new_params, Together(new_state)
         before: Any = marked(opt_state)
         shared_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
         state = self._scheduled(params, opt_state) if shared_step else opt_state
@@ -216,7 +230,7 @@ class _Run(NamedTuple):
             out = marked(self.mapper(checked(self.optimizer), args, self.optimizer.step))
             done = from_marks(out[0]).tree, from_marks(out[1])
         elif state is opt_state:
-            return done
+            return done[0], Together(done[1].tree) if is_rule(self.optimizer) else done[1]
         new_params, new_state = done
         if shared_step:  # and so it stays, and the schedules with it
             after = marked(new_state)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._graph import is_once_differentiable, nodes
+from ._graph import gradients_of, is_once_differentiable, nodes
 from ._transforms import transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
 from .errors import DerivativeError
@@ -158,9 +158,7 @@ def _eager(
         if recording and not differentiable:
             _warn_of_lost(total, inputs, aux, given, source)
         if total.requires_grad and inputs:
-            found = torch.autograd.grad(
-                total, inputs, create_graph=create, retain_graph=create or aux_needs_graph, allow_unused=True
-            )
+            found = gradients_of(total, inputs, create, aux_needs_graph)
         else:
             found = (None,) * len(inputs)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
-from torch.func import vmap
 
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
@@ -22,6 +21,7 @@ from ._tree import (
     tree_names,
     tree_unflatten,
 )
+from ._vmapped import random_state, set_random_state, vmapped
 from ._words import nearest
 from .errors import RandomnessError, StatelessifyError, TaskError, TreeError, VmapError
 from .rules._registry import rules, rules_here
@@ -143,10 +143,10 @@ class Mapper:
         if self._loops:
             return _loop(fn, args, count, self.randomness)
         if torch.compiler.is_compiling():
-            return _vmap(fn, args, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, self.chunk_size, self.randomness)
         self._random_state = before = random_state()
         try:
-            return _vmap(fn, args, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, self.chunk_size, self.randomness)
         except StatelessifyError:
             raise
         except Exception as error:
@@ -193,8 +193,8 @@ def _blame(error: BaseException, fn: Callable[..., Any]) -> str:
     return f"`{name}`"
 
 
-def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomness: Randomness) -> Tasks:
-    """One `torch.vmap` over the mapped leaves; everything that is not a tensor travels beside it."""
+def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunk_size: int | None, randomness: Randomness) -> Tasks:
+    """One level of vmap over the mapped leaves; everything that is not a tensor travels beside it."""
     inputs = [leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True) if mapped]
     aside: list[tuple[list[Any], list[bool], TreeSpec]] = []
 
@@ -208,7 +208,7 @@ def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomnes
         aside.append(([None if m else leaf for leaf, m in zip(results, mapped, strict=True)], mapped, spec))
         return tuple(leaf for leaf, m in zip(results, mapped, strict=True) if m)
 
-    outputs = iter(vmap(one_task, randomness=randomness, chunk_size=chunk_size)(*inputs))
+    outputs = iter(vmapped(one_task, inputs, tasks, randomness, chunk_size))
     leaves, mapped, spec = aside[0]
     names = tree_names(tree_unflatten(spec, [0] * len(leaves))) if len(aside) > 1 else [""] * len(leaves)
     for chunk, _, other in aside[1:]:
@@ -264,16 +264,3 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
     else:
         stacked = [stack_leaves(name, column) for name, column in zip(names, zip(*rows, strict=True), strict=True)]
     return Tasks(stacked, [isinstance(leaf, Tensor) for leaf in stacked], spec)
-
-
-def random_state() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

@@ -19,7 +19,7 @@ from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._container import checked, is_checked
+from ._container import checked, is_checked, seen
 from ._given import Names, gradients_of, leaves_of, require_options, shapes_of
 from ._hyperparameters import (
     Range,
@@ -109,6 +109,7 @@ class Rule:
     lists: Lists | None = None
 
     def __post_init__(self) -> None:
+        self._known: tuple[Any, list[Values]] | None = None  # what was checked last, plain numbers only
         self._check_ranges(self.hyperparameters)
         for name, switch in self.switches.items():
             check_flag(name, switch)
@@ -215,13 +216,22 @@ class Rule:
 
     def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
         """The hyperparameters and switches of each leaf at this step."""
-        specs: dict[str, Any] = dict(state.hyperparameters)
-        if not is_checked(state.hyperparameters, shapes):
+        given = state.hyperparameters
+        known = is_checked(given, shapes)
+        about = seen(given) if known else None
+        if about is not None and self._known is not None and self._known[0] is about:
+            return self._known[1]
+        specs: dict[str, Any] = dict(given)
+        if not known:
             self._check(specs, names(), shapes)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
         if now:
             self._check(now, names(), shapes)
-        return by_parameter({**specs, **now, **self.switches, **self.choices}, names, len(shapes))
+        specs = {**specs, **now, **self.switches, **self.choices}
+        values = by_parameter(specs, names, len(shapes))
+        if about is not None and not now and is_plain(specs) and not torch.compiler.is_compiling():
+            self._known = about, values
+        return values
 
     def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""
