@@ -57,13 +57,14 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors typing _words _traced_tree",
-            "_tree _partition _structure _vacant _transforms _graph _vmapped",
-            "rules _task_trees _pristine",
+            "_tree _partition _structure _vacant _transforms _graph _random",
+            "rules _task_trees _pristine _vmapped",
             "_skeleton _tasks _checkpoint optim implicit",
-            "_effects _kept _gradient",
+            "_effects _kept _gradient _task_states",
             "_apply",
             "_stateless _trial",
             "_adapt explain",
+            "_one_task",
             "_adapt_tasks",
             "compat testing distributed",
             "__init__",

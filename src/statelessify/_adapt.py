@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._gradient import Gradient, Unroll, value_and_grad
-from ._transforms import OrdinaryTensors, ordinary, transforming
+from ._transforms import OrdinaryTensors, ordinary, transforming, unseen
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from .errors import HyperparameterError, LossError
 from .optim import Optimizer
@@ -159,7 +159,8 @@ def scalar_loss(loss: Loss, with_carry: bool) -> Callable[[Any, Any, Any], tuple
             value, carry = out  # pyright: ignore[reportUnknownVariableType]
         else:
             value, carry = loss(params, batch), None
-        check_scalar(value)
+        with unseen():
+            check_scalar(value)
         return value, carry  # pyright: ignore[reportUnknownVariableType]
 
     return call

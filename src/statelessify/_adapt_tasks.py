@@ -14,6 +14,18 @@ from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
 from ._gradient import Gradient, Unroll, value_and_grad
+from ._one_task import adapt_one, alone, lined_up
+from ._random import random_state, set_random_state
+from ._task_states import (
+    Together,
+    expanded_slots,
+    initial_state,
+    like_parameters,
+    same_leaves,
+    schedules_of,
+    shared_step,
+    unwrapped,
+)
 from ._task_trees import (
     Mark,
     Tasks,
@@ -28,14 +40,13 @@ from ._task_trees import (
     sliced,
 )
 from ._tasks import Mapper
-from ._transforms import transforming
-from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
-from ._vmapped import random_state, set_random_state
+from ._transforms import unseen
+from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
 from .optim._checked import checked, is_rule
 from .optim._container import replaced
-from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
+from .optim._hyperparameters import at_step, check_fits
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]
@@ -107,11 +118,11 @@ def adapt_tasks(
             known["batches"] = fixed
         count_tasks(**known)
         if opt_state is None:
-            known["opt_state"] = _initial_state(optimizer, initial)
+            known["opt_state"] = initial_state(optimizer, initial)
         else:
-            known["opt_state"] = _unwrapped(follow(own(opt_state)))
+            known["opt_state"] = unwrapped(follow(own(opt_state)))
         count = count_tasks(**known)
-        state = _shared_step(known["opt_state"])
+        state = shared_step(known["opt_state"])
         first: list[Tasks] = []
         if count is None and callable(batches) and steps > 0:
             first = [as_tasks(own(batches(0, tree_detach(params))), batches_dim, "batches")]
@@ -121,8 +132,7 @@ def adapt_tasks(
                 "nothing says how many tasks there are: no tensor of `batches` has a task dimension; map something in "
                 "`in_dims`, or use `adapt`"
             )
-        run = _Run(loss, optimizer, grad_transform, Mapper(count, backend, randomness, chunk_size), carry is not None)
-        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
+        mapper = Mapper(count, backend, randomness, chunk_size)
 
         def batch_at(index: int, state: _State) -> Tasks:
             if fixed is not None:
@@ -133,8 +143,25 @@ def adapt_tasks(
             count_tasks(params=per_task(state.params), batches=found)
             return found
 
+        if mapper.one_alone and not schedules_of(state.tree):
+            known["opt_state"] = state
+
+            def batch_of_one(index: int, params: Any) -> Any:
+                return alone(batch_at(index, _State(lined_up(params), state, known["carry"])))
+
+            return adapt_one(
+                loss,
+                known,
+                batch_of_one if fixed is None else None,
+                optimizer=optimizer,
+                steps=steps,
+                gradient=gradient,
+                grad_transform=grad_transform,
+            )
+        run = _Run(loss, optimizer, grad_transform, mapper, carry is not None)
+        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
         final, losses = gradient.run(
-            run.step, _State(begin, _expanded_slots(state, count), known["carry"]), batch_at, steps
+            run.step, _State(begin, expanded_slots(state, count), known["carry"]), batch_at, steps
         )
         values = torch.stack(losses, 1) if losses else torch.zeros(count, 0, **loss_options(params))
         return Adapted(final.params, final.opt_state.expanded(count), values, final.carry.expanded(count))
@@ -146,16 +173,6 @@ class _State(NamedTuple):
     params: Any
     opt_state: Tasks | Together
     carry: Tasks
-
-
-class Together(NamedTuple):
-    """The state of one of our own rules, shared but for slots that are like the parameters: and so its step keeps it."""
-
-    state: OptState
-
-    def expanded(self, tasks: int) -> OptState:
-        common = shared(self.state._replace(slots={})).expanded(tasks)
-        return common._replace(slots=self.state.slots)
 
 
 class _Run(NamedTuple):
@@ -183,7 +200,9 @@ class _Run(NamedTuple):
         mapped: list[list[bool]] = []
 
         def evaluate(params: Any) -> tuple[Tensor, Any]:
-            out = self.mapper(call, joined(per_task(params), carry, batch), self.loss)
+            with unseen():
+                args = joined(per_task(params), carry, batch)
+            out = self.mapper(call, args, self.loss)
             mapped.append(out.mapped[1:])
             return out.tree
 
@@ -222,8 +241,8 @@ class _Run(NamedTuple):
             new_params, new_state = self.optimizer.step(params, grads, opt_state.state)
             return new_params, Together(new_state)
         before: Any = marked(opt_state)
-        shared_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
-        state = self._scheduled(params, opt_state) if shared_step else opt_state
+        same_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
+        state = self._scheduled(params, opt_state) if same_step else opt_state
         done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), state)
@@ -232,10 +251,10 @@ class _Run(NamedTuple):
         elif state is opt_state:
             return done[0], Together(done[1].tree) if is_rule(self.optimizer) else done[1]
         new_params, new_state = done
-        if shared_step:  # and so it stays, and the schedules with it
+        if same_step:  # and so it stays, and the schedules with it
             after = marked(new_state)
             step = Mark(after.step.leaf[0], False) if after.step.mapped else after.step
-            schedules = {name: before.hyperparameters[name] for name in _schedules(opt_state.tree)}
+            schedules = {name: before.hyperparameters[name] for name in schedules_of(opt_state.tree)}
             new_state = from_marks(
                 after._replace(step=step, hyperparameters=replaced(after.hyperparameters, schedules))
             )
@@ -244,14 +263,14 @@ class _Run(NamedTuple):
     def _scheduled(self, params: Any, opt_state: Tasks) -> Tasks:
         """The state with what its schedules return at this step, which may be one value per task."""
         state, marks = opt_state.tree, marked(opt_state)
-        now = {name: at_step(state.hyperparameters[name], state.step) for name in _schedules(state)}
+        now = {name: at_step(state.hyperparameters[name], state.step) for name in schedules_of(state)}
         if not now:
             return opt_state
         names, shapes = tree_names(params), [leaf.shape[1:] for leaf in tree_leaves(params)]
         for name, spec in now.items():
             check_fits(name, spec, names, shapes)
         known = replaced(marks.hyperparameters, all_marked(now, False))
-        found = _unwrapped(from_marks(marks._replace(hyperparameters=known)))
+        found = unwrapped(from_marks(marks._replace(hyperparameters=known)))
         count_tasks(opt_state=found, params=per_task(params))
         return found
 
@@ -262,75 +281,13 @@ class _Run(NamedTuple):
         if not isinstance(marks, OptState) or any(m.mapped for m in tree_leaves((marks.step, marks.hyperparameters))):
             return None
         state = opt_state.tree
-        if not _like_parameters(state.slots, shapes):
+        if not like_parameters(state.slots, shapes):
             return None
         new_params, new_state = checked(self.optimizer)(params, grads, state)
-        if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
+        if not isinstance(new_state, OptState) or not like_parameters(new_state.slots, shapes):
             return None
-        if not _same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task
+        if not same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task
             return None
         common = all_marked(new_state._replace(slots={}), False)
         slots = all_marked(new_state.slots, True)
         return new_params, from_marks(common._replace(slots=slots))
-
-
-def _schedules(state: OptState) -> list[str]:
-    """The hyperparameters that a callable of the step gives, in whole or for some parameters."""
-    return [name for name, spec in state.hyperparameters.items() if has(spec, is_schedule)]
-
-
-def _same_leaves(tree: Any, other: Any) -> bool:
-    (leaves, spec), (others, other_spec) = tree_flatten(tree), tree_flatten(other)
-    return spec == other_spec and all(a is b for a, b in zip(leaves, others, strict=True))
-
-
-def _like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
-    """Whether each slot has one tensor for each parameter, of its shape."""
-    return isinstance(slots, dict) and all(
-        [getattr(leaf, "shape", None) for leaf in tree_leaves(tree)] == shapes for tree in cast("Any", slots).values()
-    )
-
-
-# The optimizer's state ------------------------------------------------------------------------------------------
-
-
-def _unwrapped(tasks: Tasks) -> Tasks:
-    """`per_task` hyperparameters as leaves with a task dimension."""
-    if not any(isinstance(leaf, PerTask) for leaf in tasks.leaves):
-        return tasks
-    marks = [
-        all_marked(leaf.tree, True) if isinstance(leaf, PerTask) else Mark(leaf, mapped)
-        for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
-    ]
-    return from_marks(tree_unflatten(tasks.spec, marks))
-
-
-def _shared_step(tasks: Tasks) -> Tasks:
-    """The step count as one number where all tasks agree on it, as they do in the state of an earlier run."""
-    state = marked(tasks)
-    mark: Any = state.step if isinstance(state, OptState) else None
-    if mark is None or not mark.mapped or transforming() or not bool((mark.leaf == mark.leaf[0]).all()):
-        return tasks
-    return from_marks(state._replace(step=Mark(mark.leaf[0], False)))
-
-
-def _initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:
-    if not any(params.mapped):
-        return _unwrapped(shared(optimizer.init(params.tree)))
-    count = count_tasks(params=params)
-    assert count is not None
-    return _unwrapped(Mapper(count)(optimizer.init, joined(params), optimizer.init))
-
-
-def _expanded_slots(opt_state: Tasks, tasks: int) -> Tasks:
-    """The state with its slots per task; what an unknown state holds is per task altogether."""
-    state = marked(opt_state)
-
-    def expanded(mark: Mark) -> Mark:
-        if mark.mapped or not isinstance(mark.leaf, Tensor):
-            return mark
-        return Mark(mark.leaf.expand(tasks, *mark.leaf.shape), True)
-
-    if isinstance(state, OptState):
-        return from_marks(state._replace(slots=tree_map(expanded, state.slots)))
-    return from_marks(tree_map(expanded, state))

@@ -153,7 +153,7 @@ def _eager(
             values, aux = evaluate(tree_unflatten(spec, inputs))
         if create:
             _check_twice_differentiable(values, inputs, source)
-        total = values.sum()
+        total = values.sum() if values.ndim else values
         aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
         if recording and not differentiable:
             _warn_of_lost(total, inputs, aux, given, source)

@@ -1,4 +1,4 @@
-"""One level of vmap over a list of tensors, and the random numbers that are drawn in it."""
+"""One level of vmap over a list of tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decreme
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.func import vmap
 
+from ._random import random_state, set_random_state
 from .typing import Randomness
 
 __all__: list[str] = []
@@ -44,16 +45,3 @@ def _level(fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Rand
         return [_remove_batch_dim(tensor, level, tasks, 0) for tensor in results]
     finally:
         _vmap_decrement_nesting()
-
-
-def random_state() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

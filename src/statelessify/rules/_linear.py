@@ -9,8 +9,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched, peek_interpreter_stack
-from torch._C._functorch import pop_dynamic_layer_stack, push_dynamic_layer_stack
+from torch._C._functorch import (
+    TransformType,
+    _add_batch_dim,
+    _unwrap_batched,
+    peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+)
 
 from ._registry import quicker
 

@@ -146,7 +146,7 @@ class Rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = FUNCTIONS[self.when].get(func, func)
+        call: Callable[..., Any] = FUNCTIONS[self.when].get(func, func)
         return call(*args, **kwargs) if kwargs else call(*args)
 
 
@@ -181,7 +181,9 @@ class Raised(AbstractContextManager[None]):
     """A mode that is active, for an occasion with more rules: two modes would see each function twice."""
 
     def __init__(self, mode: Rules, when: When) -> None:
-        self._mode, self._when, self._before = mode, when, mode.when
+        self._mode = mode
+        self._when: When = when
+        self._before: When = mode.when
 
     def __enter__(self) -> None:
         self._mode.when = self._when
