@@ -24,6 +24,7 @@ from ._task_states import (
     same_leaves,
     schedules_of,
     shared_step,
+    together,
     unwrapped,
 )
 from ._task_trees import (
@@ -44,7 +45,7 @@ from ._transforms import unseen
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
-from .optim._checked import checked, is_rule
+from .optim._checked import checked
 from .optim._container import replaced
 from .optim._hyperparameters import at_step, check_fits
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
@@ -161,7 +162,10 @@ def adapt_tasks(
         run = _Run(loss, optimizer, grad_transform, mapper, carry is not None)
         begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
         final, losses = gradient.run(
-            run.step, _State(begin, expanded_slots(state, count), known["carry"]), batch_at, steps
+            run.step,
+            _State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"]),
+            batch_at,
+            steps,
         )
         values = torch.stack(losses, 1) if losses else torch.zeros(count, 0, **loss_options(params))
         return Adapted(final.params, final.opt_state.expanded(count), values, final.carry.expanded(count))
@@ -206,7 +210,7 @@ class _Run(NamedTuple):
             mapped.append(out.mapped[1:])
             return out.tree
 
-        given = {"batches": batch.tree, "carry": carry.tree}
+        given = {} if differentiable else {"batches": batch.tree, "carry": carry.tree}
         try:
             values, carried, grads = value_and_grad(evaluate, params, differentiable, self.loss, given)
         except LateUseError as error:  # backward runs a part of the module again, when vmap is over
@@ -249,7 +253,7 @@ class _Run(NamedTuple):
             out = marked(self.mapper(checked(self.optimizer), args, self.optimizer.step))
             done = from_marks(out[0]).tree, from_marks(out[1])
         elif state is opt_state:
-            return done[0], Together(done[1].tree) if is_rule(self.optimizer) else done[1]
+            return done
         new_params, new_state = done
         if same_step:  # and so it stays, and the schedules with it
             after = marked(new_state)

@@ -12,6 +12,7 @@ from ._tasks import Mapper
 from ._transforms import transforming
 from ._tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .optim import Optimizer, OptState
+from .optim._checked import is_rule
 from .optim._hyperparameters import PerTask, has, is_schedule
 
 __all__: list[str] = []
@@ -27,8 +28,20 @@ class Together(NamedTuple):
         return common._replace(slots=self.state.slots)
 
 
-def schedules_of(state: OptState) -> list[str]:
+def together(optimizer: Optimizer, opt_state: Tasks, params: Any) -> Tasks | Together:
+    """The state as one for all tasks, where each step of the optimizer can be one for all tasks."""
+    state, marks = opt_state.tree, marked(opt_state)
+    if not isinstance(marks, OptState) or not optimizer.elementwise or not is_rule(optimizer) or schedules_of(state):
+        return opt_state
+    own = any(mark.mapped for mark in tree_leaves((marks.step, marks.hyperparameters)))
+    fits = like_parameters(state.slots, [leaf.shape for leaf in tree_leaves(params)])
+    return Together(state) if fits and not own else opt_state
+
+
+def schedules_of(state: Any) -> list[str]:
     """The hyperparameters that a callable of the step gives, in whole or for some parameters."""
+    if not isinstance(state, OptState):
+        return []
     return [name for name, spec in state.hyperparameters.items() if has(spec, is_schedule)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._functorch.predispatch import lazy_load_decompositions
 from torch.func import vmap
 
 from ._random import random_state, set_random_state
@@ -29,10 +29,11 @@ def vmapped(
         return _level(fn, inputs, tasks, randomness)
     numbers = random_state() if randomness == "same" else None
     chunks: list[Sequence[Tensor]] = []
-    for parts in zip(*(tensor.split(chunk_size) for tensor in inputs), strict=True):
+    for start in range(0, tasks, chunk_size):
         if numbers is not None:
             set_random_state(numbers)
-        chunks.append(_level(fn, parts, len(parts[0]), randomness))
+        here = slice(start, min(start + chunk_size, tasks))
+        chunks.append(_level(fn, [tensor[here] for tensor in inputs], here.stop - start, randomness))
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 

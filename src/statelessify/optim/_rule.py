@@ -34,7 +34,7 @@ from ._hyperparameters import (
     is_schedule,
 )
 from ._optimizer import Optimizer, OptState
-from ._work import STACKED, ListedSlots, Slots, Work, by_kind, sharing
+from ._work import STACKED, ListedSlots, Slots, Work, by_kind, is_uniform, sharing
 
 __all__: list[str] = []
 
@@ -147,8 +147,11 @@ class Rule:
         gradients = gradients_of(names, leaves, shapes, spec, grads)
         slots = self._columns(names, shapes, spec, state)
         values = self._values(names, shapes, state)
-        counts = slots.get("step", [state.step] * len(leaves))
-        leaves, slots = self.advance(leaves, gradients, slots, values, counts)
+        done = self._advance_lists(leaves, gradients, slots, values, state.step)
+        if done is None:
+            counts = slots.get("step", [state.step] * len(leaves))
+            done = self.advance(leaves, gradients, slots, values, counts)
+        leaves, slots = done
         return tree_unflatten(spec, leaves), OptState(
             step=state.step + 1,
             hyperparameters=checked(state.hyperparameters, self.name, shapes),
@@ -183,6 +186,18 @@ class Rule:
                     self._advance_each(work, own, found.values)
                 work.put_scalars(own, {"step": counts[first] + 1, **found.scalars})
         return work.leaves, work.new_slots
+
+    def _advance_lists(
+        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: list[Values], step: Tensor
+    ) -> tuple[list[Tensor], ListedSlots] | None:
+        """`advance` where all leaves share plain numbers, as at the last step: nothing is to be sorted then."""
+        if self.lists is None or self._known is None or values is not self._known[1] or not leaves:
+            return None
+        if self.scalars or "step" in slots or transforming() or any(leaf.is_complex() for leaf in leaves):
+            return None
+        if not all(map(is_uniform, (leaves, gradients, *slots.values()))):
+            return None
+        return self.lists(leaves, gradients, slots, self.prepare(values[0], _count(step), {}).values)
 
     def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
         """Update leaves that share their numbers; as one, where enough of them are alike."""

@@ -146,7 +146,7 @@ class Rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call: Callable[..., Any] = FUNCTIONS[self.when].get(func, func)
+        call: Any = FUNCTIONS[self.when].get(func, func)
         return call(*args, **kwargs) if kwargs else call(*args)
 
 
