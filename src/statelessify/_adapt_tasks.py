@@ -118,6 +118,8 @@ def adapt_tasks(
         if fixed is not None:
             known["batches"] = fixed
         count_tasks(**known)
+        if opt_state is None and follow is shared:
+            opt_state = optimizer.init(initial.tree)
         if opt_state is None:
             known["opt_state"] = initial_state(optimizer, initial)
         else:
@@ -145,7 +147,6 @@ def adapt_tasks(
             return found
 
         if mapper.one_alone and not schedules_of(state.tree):
-            known["opt_state"] = state
 
             def batch_of_one(index: int, params: Any) -> Any:
                 return alone(batch_at(index, _State(lined_up(params), state, known["carry"])))
@@ -157,6 +158,7 @@ def adapt_tasks(
                 optimizer=optimizer,
                 steps=steps,
                 gradient=gradient,
+                opt_state=alone(state) if any(state.mapped) else opt_state,  # which knows that it has been checked
                 grad_transform=grad_transform,
             )
         run = _Run(loss, optimizer, grad_transform, mapper, carry is not None)

@@ -18,16 +18,9 @@ __all__: list[str] = []
 def adapt_one(
     loss: Loss, known: Mapping[str, Tasks], batch: Callable[[int, Any], Any] | None, **options: Any
 ) -> Adapted:
-    """`adapt` for the one task of these trees: parameters, state, carry, and batches, unless `batch` makes them."""
-    trees = {name: alone(tasks) for name, tasks in known.items()}
-    found = adapt(
-        loss,
-        trees["params"],
-        trees["batches"] if batch is None else batch,
-        opt_state=trees["opt_state"],
-        carry=trees["carry"],
-        **options,
-    )
+    """`adapt` for the one task of these trees: parameters, carry, and batches, unless `batch` makes them."""
+    given = alone(known["batches"]) if batch is None else batch
+    found = adapt(loss, alone(known["params"]), given, carry=alone(known["carry"]), **options)
     return Adapted(*map(lined_up, found))
 
 

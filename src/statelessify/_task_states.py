@@ -78,10 +78,10 @@ def shared_step(tasks: Tasks) -> Tasks:
 
 
 def initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:
-    if not any(params.mapped):
-        return unwrapped(shared(optimizer.init(params.tree)))
+    """The state of parameters that have a task dimension."""
     count = count_tasks(params=params)
-    assert count is not None
+    if count is None:  # `init` made no state of shared ones
+        return shared(None)
     return unwrapped(Mapper(count)(optimizer.init, joined(params), optimizer.init))
 
 

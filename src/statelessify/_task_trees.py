@@ -56,14 +56,14 @@ def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
             "argument, or a nesting that mirrors it"
         ) from None
     moved: list[Any] = []
-    for name, leaf, dim in zip(tree_names(tree), leaves, dims, strict=True):
+    for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor):
             moved.append(leaf)
             continue
         if not isinstance(dim, int) or not -leaf.ndim <= dim < leaf.ndim:
             raise TaskError(
-                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{name}`, whose shape is "
-                f"{tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
+                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{tree_names(tree)[index]}`, "
+                f"whose shape is {tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
             )
         moved.append(leaf.movedim(dim, 0) if dim else leaf)
     mapped = [dim is not None and isinstance(leaf, Tensor) for leaf, dim in zip(leaves, dims, strict=True)]
