@@ -13,7 +13,7 @@ from ._attach import Function
 from ._gradient import value_and_grad
 from ._loop import Gradient, State
 from ._split import split
-from ._transforms import OrdinaryTensors, ordinary, transforming
+from ._transforms import OrdinaryTensors, ordinary, transforming, unseen
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
 from ._unroll import Unroll
 from .errors import HyperparameterError, LossError
@@ -192,7 +192,8 @@ def scalar_loss(loss: Loss, with_carry: bool) -> Callable[[Any, Any, Any], tuple
             value, carry = out  # pyright: ignore[reportUnknownVariableType]
         else:
             value, carry = loss(params, batch), None
-        check_scalar(value)
+        with unseen():
+            check_scalar(value)
         return value, carry  # pyright: ignore[reportUnknownVariableType]
 
     return call

@@ -17,7 +17,19 @@ from ._adapt import Adapted, apart, check_loop, gradient_of, loss_options, outsi
 from ._attach import Function
 from ._gradient import value_and_grad
 from ._loop import Gradient, State
+from ._one_task import adapt_one, alone, lined_up
 from ._random import random_state, set_random_state
+from ._task_states import (
+    Together,
+    expanded_slots,
+    initial_state,
+    like_parameters,
+    same_leaves,
+    schedules_of,
+    shared_step,
+    together,
+    unwrapped,
+)
 from ._task_trees import (
     Mark,
     Tasks,
@@ -32,14 +44,14 @@ from ._task_trees import (
     sliced,
 )
 from ._tasks import Mapper
-from ._transforms import transforming
-from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
+from ._transforms import unseen
+from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names
 from ._unroll import Unroll
 from .errors import LateUseError, TaskError
 from .optim import Optimizer, OptState
 from .optim._checked import checked
 from .optim._container import replaced
-from .optim._hyperparameters import PerTask, at_step, check_fits, has, is_schedule
+from .optim._hyperparameters import at_step, check_fits
 from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]
@@ -110,12 +122,14 @@ def adapt_tasks(
         if fixed is not None:
             known["batches"] = fixed
         count_tasks(**known)
+        if opt_state is None and follow is shared:
+            opt_state = optimizer.init(initial.tree)
         if opt_state is None:
-            known["opt_state"] = _initial_state(optimizer, initial)
+            known["opt_state"] = initial_state(optimizer, initial)
         else:
-            known["opt_state"] = _unwrapped(follow(own(opt_state)))
+            known["opt_state"] = unwrapped(follow(own(opt_state)))
         count = count_tasks(**known)
-        state = _shared_step(known["opt_state"])
+        state = shared_step(known["opt_state"])
         first: list[Tasks] = []
         if count is None and callable(batches) and steps > 0:
             first = [as_tasks(own(batches(0, tree_detach(params))), batches_dim, "batches")]
@@ -126,7 +140,6 @@ def adapt_tasks(
                 "`in_dims`, or use `adapt`"
             )
         mapper = Mapper(count, backend, randomness, chunk_size)
-        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
 
         def batch_at(index: int, state: State) -> Tasks:
             if fixed is not None:
@@ -137,8 +150,24 @@ def adapt_tasks(
             count_tasks(params=per_task(state.params), batches=found)
             return found
 
+        if mapper.one_alone and not schedules_of(state.tree):
+
+            def batch_of_one(index: int, params: Any) -> Any:
+                return alone(batch_at(index, State(lined_up(params), state, known["carry"])))
+
+            return adapt_one(
+                loss,
+                known,
+                batch_of_one if fixed is None else None,
+                optimizer=optimizer,
+                steps=steps,
+                gradient=gradient,
+                opt_state=alone(state) if any(state.mapped) else opt_state,  # which knows that it has been checked
+                grad_transform=grad_transform,
+            )
         loop = _Loop(loss, optimizer, grad_transform, mapper, carry is not None, batch_at)
-        start = State(begin, _expanded_slots(state, count), known["carry"])
+        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
+        start = State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"])
         final, losses = gradient.run(loop, start, steps) if steps else (start, ())
         values = torch.stack(tuple(losses), 1) if losses else torch.zeros(count, 0, **loss_options(params))
         return Adapted(final.params, final.opt_state.expanded(count), values, final.carry.expanded(count))
@@ -187,11 +216,13 @@ class _Loop(NamedTuple):
         mapped: list[list[bool]] = []
 
         def evaluate(params: Any) -> tuple[Tensor, Any]:
-            out = self.mapper(call, joined(per_task(params), carry, batch), self.source)
+            with unseen():
+                args = joined(per_task(params), carry, batch)
+            out = self.mapper(call, args, self.source)
             mapped.append(out.mapped[1:])
             return out.tree
 
-        given = {"batches": batch.tree, "carry": carry.tree}
+        given = {} if differentiable else {"batches": batch.tree, "carry": carry.tree}
         try:
             values, carried, grads = value_and_grad(evaluate, params, differentiable, self.source, given)
         except LateUseError as error:  # backward runs a part of the module again, when vmap is over
@@ -220,11 +251,14 @@ class _Loop(NamedTuple):
         grads = tree_map(lambda *each: torch.cat(each), *(grads for _, _, grads in parts))
         return torch.cat([values for values, _, _ in parts]), carries[0]._replace(leaves=leaves), grads
 
-    def _update(self, params: Any, grads: Any, opt_state: Tasks) -> tuple[Any, Tasks]:
+    def _update(self, params: Any, grads: Any, opt_state: Tasks | Together) -> tuple[Any, Tasks | Together]:
         """The optimizer's step: for all tasks at once where that is right, else mapped over them."""
+        if isinstance(opt_state, Together):
+            new_params, new_state = self.optimizer.step(params, grads, opt_state.state)
+            return new_params, Together(new_state)
         before: Any = marked(opt_state)
-        shared_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
-        state = self._scheduled(params, opt_state) if shared_step else opt_state
+        same_step = isinstance(opt_state.tree, OptState) and not before.step.mapped
+        state = self._scheduled(params, opt_state) if same_step else opt_state
         done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), state)
@@ -233,10 +267,10 @@ class _Loop(NamedTuple):
         elif state is opt_state:
             return done
         new_params, new_state = done
-        if shared_step:  # and so it stays, and the schedules with it
+        if same_step:  # and so it stays, and the schedules with it
             after = marked(new_state)
             step = Mark(after.step.leaf[0], False) if after.step.mapped else after.step
-            schedules = {name: before.hyperparameters[name] for name in _schedules(opt_state.tree)}
+            schedules = {name: before.hyperparameters[name] for name in schedules_of(opt_state.tree)}
             new_state = from_marks(
                 after._replace(step=step, hyperparameters=replaced(after.hyperparameters, schedules))
             )
@@ -245,14 +279,14 @@ class _Loop(NamedTuple):
     def _scheduled(self, params: Any, opt_state: Tasks) -> Tasks:
         """The state with what its schedules return at this step, which may be one value per task."""
         state, marks = opt_state.tree, marked(opt_state)
-        now = {name: at_step(state.hyperparameters[name], state.step) for name in _schedules(state)}
+        now = {name: at_step(state.hyperparameters[name], state.step) for name in schedules_of(state)}
         if not now:
             return opt_state
         names, shapes = tree_names(params), [leaf.shape[1:] for leaf in tree_leaves(params)]
         for name, spec in now.items():
             check_fits(name, spec, names, shapes)
         known = replaced(marks.hyperparameters, all_marked(now, False))
-        found = _unwrapped(from_marks(marks._replace(hyperparameters=known)))
+        found = unwrapped(from_marks(marks._replace(hyperparameters=known)))
         count_tasks(opt_state=found, params=per_task(params))
         return found
 
@@ -263,75 +297,13 @@ class _Loop(NamedTuple):
         if not isinstance(marks, OptState) or any(m.mapped for m in tree_leaves((marks.step, marks.hyperparameters))):
             return None
         state = opt_state.tree
-        if not _like_parameters(state.slots, shapes):
+        if not like_parameters(state.slots, shapes):
             return None
         new_params, new_state = checked(self.optimizer)(params, grads, state)
-        if not isinstance(new_state, OptState) or not _like_parameters(new_state.slots, shapes):
+        if not isinstance(new_state, OptState) or not like_parameters(new_state.slots, shapes):
             return None
-        if not _same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task
+        if not same_leaves(new_state.hyperparameters, state.hyperparameters):  # they may have become per task
             return None
         common = all_marked(new_state._replace(slots={}), False)
         slots = all_marked(new_state.slots, True)
         return new_params, from_marks(common._replace(slots=slots))
-
-
-def _schedules(state: OptState) -> list[str]:
-    """The hyperparameters that a callable of the step gives, in whole or for some parameters."""
-    return [name for name, spec in state.hyperparameters.items() if has(spec, is_schedule)]
-
-
-def _same_leaves(tree: Any, other: Any) -> bool:
-    (leaves, spec), (others, other_spec) = tree_flatten(tree), tree_flatten(other)
-    return spec == other_spec and all(a is b for a, b in zip(leaves, others, strict=True))
-
-
-def _like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
-    """Whether each slot has one tensor for each parameter, of its shape."""
-    return isinstance(slots, dict) and all(
-        [getattr(leaf, "shape", None) for leaf in tree_leaves(tree)] == shapes for tree in cast("Any", slots).values()
-    )
-
-
-# The optimizer's state ------------------------------------------------------------------------------------------
-
-
-def _unwrapped(tasks: Tasks) -> Tasks:
-    """`per_task` hyperparameters as leaves with a task dimension."""
-    if not any(isinstance(leaf, PerTask) for leaf in tasks.leaves):
-        return tasks
-    marks = [
-        all_marked(leaf.tree, True) if isinstance(leaf, PerTask) else Mark(leaf, mapped)
-        for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
-    ]
-    return from_marks(tree_unflatten(tasks.spec, marks))
-
-
-def _shared_step(tasks: Tasks) -> Tasks:
-    """The step count as one number where all tasks agree on it, as they do in the state of an earlier run."""
-    state = marked(tasks)
-    mark: Any = state.step if isinstance(state, OptState) else None
-    if mark is None or not mark.mapped or transforming() or not bool((mark.leaf == mark.leaf[0]).all()):
-        return tasks
-    return from_marks(state._replace(step=Mark(mark.leaf[0], False)))
-
-
-def _initial_state(optimizer: Optimizer, params: Tasks) -> Tasks:
-    if not any(params.mapped):
-        return _unwrapped(shared(optimizer.init(params.tree)))
-    count = count_tasks(params=params)
-    assert count is not None
-    return _unwrapped(Mapper(count)(optimizer.init, joined(params), optimizer.init))
-
-
-def _expanded_slots(opt_state: Tasks, tasks: int) -> Tasks:
-    """The state with its slots per task; what an unknown state holds is per task altogether."""
-    state = marked(opt_state)
-
-    def expanded(mark: Mark) -> Mark:
-        if mark.mapped or not isinstance(mark.leaf, Tensor):
-            return mark
-        return Mark(mark.leaf.expand(tasks, *mark.leaf.shape), True)
-
-    if isinstance(state, OptState):
-        return from_marks(state._replace(slots=tree_map(expanded, state.slots)))
-    return from_marks(tree_map(expanded, state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import is_once_differentiable, nodes
+from ._graph import gradients_of, is_once_differentiable, nodes
 from ._transforms import transforming
 from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
 from .errors import DerivativeError
@@ -94,22 +95,22 @@ def _eager(
 ) -> tuple[Tensor, Any, Any]:
     recording = torch.is_grad_enabled()
     leaves, spec = tree_flatten(params)
-    with torch.enable_grad():
+    with nullcontext() if recording else torch.enable_grad():
         inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
+        known = params if all(map(operator.is_, leaves, inputs)) else tree_unflatten(spec, inputs)
         create = recording and differentiable
         # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
         with rules("gradients") if create else nullcontext():
-            values, aux = evaluate(tree_unflatten(spec, inputs))
+            values, aux = evaluate(known)
         if create:
             _check_twice_differentiable(values, inputs, source)
-        total = values.sum()
-        aux_needs_graph = recording and any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(aux)[0])
+        total = values.sum() if values.ndim else values
+        tensors = [] if aux is None else [t for t in tree_leaves(aux) if isinstance(t, Tensor)]
+        aux_needs_graph = recording and any(t.requires_grad for t in tensors)
         if recording and not differentiable:
             _warn_of_lost(total, inputs, aux, given, source)
         if total.requires_grad and inputs:
-            found = torch.autograd.grad(
-                total, inputs, create_graph=create, retain_graph=create or aux_needs_graph, allow_unused=True
-            )
+            found = gradients_of(total, inputs, create, aux_needs_graph)
         else:
             found = (None,) * len(inputs)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]

@@ -16,6 +16,7 @@ from ._loop import Loop, State, unrolled
 from ._lost import warn_of_lost
 from ._random import drawn_from, random_state
 from ._split import split
+from ._task_states import Together
 from ._task_trees import Tasks
 from ._transforms import unwrapped
 from ._values import Values
@@ -132,7 +133,9 @@ def _refuse_other_points(loop: Loop, state: State) -> None:
             "`Implicit()` differentiates the point where the gradient of the loss is zero, and with a `grad_transform` "
             "the loop may rest elsewhere; leave it out, or write `gradient=Unroll()`"
         )
-    opt_state = state.opt_state.tree if isinstance(state.opt_state, Tasks) else state.opt_state
+    opt_state = state.opt_state
+    if isinstance(opt_state, (Tasks, Together)):
+        opt_state = opt_state.tree if isinstance(opt_state, Tasks) else opt_state.state
     if not isinstance(opt_state, OptState):
         return
     for name in DECAYS:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._tree import TreeSpec, broadcast_prefix, tree_flatten, tree_names, tree_unflatten
+from ._tree import TreeSpec, broadcast_prefix, tree_flatten, tree_names, tree_unflatten, tuple_spec
 from .errors import TaskError, TreeError
 from .typing import InDims
 
@@ -56,14 +56,14 @@ def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
             "argument, or a nesting that mirrors it"
         ) from None
     moved: list[Any] = []
-    for name, leaf, dim in zip(tree_names(tree), leaves, dims, strict=True):
+    for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor):
             moved.append(leaf)
             continue
         if not isinstance(dim, int) or not -leaf.ndim <= dim < leaf.ndim:
             raise TaskError(
-                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{name}`, whose shape is "
-                f"{tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
+                f"`in_dims` asks for the tasks in dimension {dim!r} of the {what}'s leaf `{tree_names(tree)[index]}`, "
+                f"whose shape is {tuple(leaf.shape)}; give the leaf a task dimension, or None to share it"
             )
         moved.append(leaf.movedim(dim, 0) if dim else leaf)
     mapped = [dim is not None and isinstance(leaf, Tensor) for leaf, dim in zip(leaves, dims, strict=True)]
@@ -107,10 +107,10 @@ def share_integers(tasks: Tasks) -> Tasks:
     """Counters that were expanded at the border are one number again: a module may read it (`BatchNorm`)."""
 
     def is_expanded(leaf: Any, mapped: bool) -> bool:
-        return mapped and leaf.stride(0) == 0 and not (leaf.is_floating_point() or leaf.is_complex())
+        return mapped and not (leaf.is_floating_point() or leaf.is_complex()) and leaf.stride(0) == 0
 
     expanded = [is_expanded(leaf, mapped) for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)]
-    if not any(expanded) or expanded == tasks.mapped:
+    if True not in expanded or expanded == tasks.mapped:
         return tasks
     leaves = [leaf[0] if each else leaf for leaf, each in zip(tasks.leaves, expanded, strict=True)]
     return tasks._replace(leaves=leaves, mapped=[m and not e for m, e in zip(tasks.mapped, expanded, strict=True)])
@@ -142,8 +142,8 @@ def from_marks(tree: Any) -> Tasks:
 
 def joined(*trees: Tasks) -> Tasks:
     """Arguments side by side."""
-    leaves, spec = tree_flatten(tuple(each.tree for each in trees))
-    return Tasks(leaves, [flag for each in trees for flag in each.mapped], spec)
+    leaves = [leaf for each in trees for leaf in each.leaves]
+    return Tasks(leaves, [flag for each in trees for flag in each.mapped], tuple_spec([each.spec for each in trees]))
 
 
 def sliced(tasks: Tasks, here: slice) -> Tasks:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
-from torch.func import vmap
 
 from ._random import random_state, set_random_state
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
+from ._transforms import unseen
 from ._tree import (
     TreeSpec,
     same_static,
@@ -23,6 +23,7 @@ from ._tree import (
     tree_names,
     tree_unflatten,
 )
+from ._vmapped import vmapped
 from ._words import nearest
 from .errors import RandomnessError, StatelessifyError, TaskError, TreeError, VmapError
 from .rules._registry import rules, rules_here
@@ -139,15 +140,16 @@ class Mapper:
 
     def __call__(self, fn: Callable[..., Any], args: Tasks, source: Callable[..., Any] | None = None) -> Tasks:
         """``fn(*args)`` for each task; `source` is the user's function, for messages."""
-        args = share_integers(args)
-        count = next((leaf.shape[0] for leaf, m in zip(args.leaves, args.mapped, strict=True) if m), self.tasks)
+        with unseen():
+            args = share_integers(args)
+            count = next((leaf.shape[0] for leaf, m in zip(args.leaves, args.mapped, strict=True) if m), self.tasks)
         if self._loops:
             return _loop(fn, args, count, self.randomness)
         if torch.compiler.is_compiling():
-            return _vmap(fn, args, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, self.chunk_size, self.randomness)
         self._random_state = before = random_state()
         try:
-            return _vmap(fn, args, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, self.chunk_size, self.randomness)
         except StatelessifyError:
             raise
         except Exception as error:
@@ -162,6 +164,11 @@ class Mapper:
             self.fall_back(error, source or fn)
             set_random_state(after)
             return result
+
+    @property
+    def one_alone(self) -> bool:
+        """Whether there is one task, which runs as if there were no task dimension."""
+        return self._loops and self.tasks == 1 and self.randomness != "error"
 
     def fall_back(self, error: Exception, source: Callable[..., Any]) -> bool:
         """Stay with the loop from now on, with one warning, if that was left open; whether it was.
@@ -194,8 +201,8 @@ def _blame(error: BaseException, fn: Callable[..., Any]) -> str:
     return f"`{name}`"
 
 
-def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomness: Randomness) -> Tasks:
-    """One `torch.vmap` over the mapped leaves; everything that is not a tensor travels beside it."""
+def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunk_size: int | None, randomness: Randomness) -> Tasks:
+    """One level of vmap over the mapped leaves; everything that is not a tensor travels beside it."""
     inputs = [leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True) if mapped]
     aside: list[tuple[list[Any], list[bool], TreeSpec]] = []
 
@@ -205,11 +212,12 @@ def _vmap(fn: Callable[..., Any], args: Tasks, chunk_size: int | None, randomnes
         with rules("transforms"):
             out = fn(*tree_unflatten(args.spec, leaves))
         results, spec = tree_flatten(out)
-        mapped = [_per_task_result(leaf) for leaf in results]
+        with unseen():
+            mapped = [_per_task_result(leaf) for leaf in results]
         aside.append(([None if m else leaf for leaf, m in zip(results, mapped, strict=True)], mapped, spec))
         return tuple(leaf for leaf, m in zip(results, mapped, strict=True) if m)
 
-    outputs = iter(vmap(one_task, randomness=randomness, chunk_size=chunk_size)(*inputs))
+    outputs = iter(vmapped(one_task, inputs, tasks, randomness, chunk_size))
     leaves, mapped, spec = aside[0]
     names = tree_names(tree_unflatten(spec, [0] * len(leaves))) if len(aside) > 1 else [""] * len(leaves)
     for chunk, _, other in aside[1:]:
@@ -234,10 +242,12 @@ def _per_task_result(leaf: Any) -> bool:
     return is_batchedtensor(leaf) and (torch.compiler.is_compiling() or maybe_get_level(leaf) == current_level())
 
 
+def _entries(leaf: Tensor, count: int) -> Sequence[Tensor]:
+    return leaf.unbind(0) if count > 1 else (leaf.squeeze(0),)  # whose backward is a view
+
+
 def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomness) -> Tasks:
-    columns = [
-        leaf.unbind(0) if mapped else [leaf] * count for leaf, mapped in zip(args.leaves, args.mapped, strict=True)
-    ]
+    columns = [_entries(leaf, count) if mapped else [leaf] * count for leaf, mapped in zip(*args[:2], strict=True)]
     state = random_state() if randomness == "same" else None
     before = random_state() if randomness == "error" else None
     rows: list[list[Any]] = []

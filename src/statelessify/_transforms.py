@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def transforming() -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return True
     return peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Where tensors are only looked at: no mode needs to see that, and each look would take time."""
+    return nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
 
 
 def mapping() -> bool:

@@ -51,6 +51,15 @@ def tree_unflatten(spec: TreeSpec, leaves: Iterable[Any]) -> Tree:
     return optree.tree_unflatten(spec, leaves)
 
 
+def tuple_spec(specs: Sequence[TreeSpec]) -> TreeSpec:
+    """The structure of a tuple of trees with these structures."""
+    traced = [spec for spec in specs if isinstance(spec, TracedSpec)]
+    if not traced:
+        return optree.treespec_tuple(cast("Any", specs))
+    trees = tuple(_traced_tree.unflatten(spec, [0] * spec.empty.count(False)) for spec in traced)
+    return _traced_tree.flatten(trees)[1]
+
+
 def tree_leaves(tree: Tree, is_leaf: IsLeaf = None) -> list[Any]:
     return tree_flatten(tree, is_leaf)[0]
 
@@ -287,6 +296,8 @@ def tree_unstack(tree: Tree) -> list[Tree]:
 
 def require_floating(tree: Tree, what: str) -> None:
     """Refuse a tree with a leaf that cannot have a gradient."""
+    if all(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in tree_leaves(tree)):
+        return
     for name, leaf in zip(tree_names(tree), tree_leaves(tree), strict=True):
         if not isinstance(leaf, Tensor):
             raise DtypeError(f"{what} `{name}` is {type(leaf).__name__}, not a tensor; `{what}` is a tree of tensors")

@@ -21,8 +21,12 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 def checked(optimizer: Optimizer) -> Step:
     """The optimizer's step; one that is not ours is checked at each call."""
-    ours = isinstance(getattr(optimizer.step, "__self__", None), Rule)
-    return optimizer.step if ours else partial(_checked, optimizer.step)
+    return optimizer.step if is_rule(optimizer) else partial(_checked, optimizer.step)
+
+
+def is_rule(optimizer: Optimizer) -> bool:
+    """Whether the optimizer is one of our own rules, whose step keeps what the state is."""
+    return isinstance(getattr(optimizer.step, "__self__", None), Rule)
 
 
 def _checked(step: Step, params: Any, grads: Any, state: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._container import checked, is_checked
+from ._container import checked, is_checked, seen
 from ._given import Names, gradients_of, leaves_of, require_options, shapes_of
 from ._hyperparameters import (
     Range,
@@ -34,7 +34,7 @@ from ._hyperparameters import (
     is_schedule,
 )
 from ._optimizer import Optimizer, OptState
-from ._work import STACKED, ListedSlots, Slots, Work, by_kind, sharing
+from ._work import STACKED, ListedSlots, Slots, Work, by_kind, is_uniform, sharing
 
 __all__: list[str] = []
 
@@ -109,6 +109,7 @@ class Rule:
     lists: Lists | None = None
 
     def __post_init__(self) -> None:
+        self._known: tuple[Any, list[Values]] | None = None  # what was checked last, plain numbers only
         self._check_ranges(self.hyperparameters)
         for name, switch in self.switches.items():
             check_flag(name, switch)
@@ -146,8 +147,11 @@ class Rule:
         gradients = gradients_of(names, leaves, shapes, spec, grads)
         slots = self._columns(names, shapes, spec, state)
         values = self._values(names, shapes, state)
-        counts = slots.get("step", [state.step] * len(leaves))
-        leaves, slots = self.advance(leaves, gradients, slots, values, counts)
+        done = self._advance_lists(leaves, gradients, slots, values, state.step)
+        if done is None:
+            counts = slots.get("step", [state.step] * len(leaves))
+            done = self.advance(leaves, gradients, slots, values, counts)
+        leaves, slots = done
         return tree_unflatten(spec, leaves), OptState(
             step=state.step + 1,
             hyperparameters=checked(state.hyperparameters, self.name, shapes),
@@ -183,6 +187,18 @@ class Rule:
                 work.put_scalars(own, {"step": counts[first] + 1, **found.scalars})
         return work.leaves, work.new_slots
 
+    def _advance_lists(
+        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: list[Values], step: Tensor
+    ) -> tuple[list[Tensor], ListedSlots] | None:
+        """`advance` where all leaves share plain numbers, as at the last step: nothing is to be sorted then."""
+        if self.lists is None or self._known is None or values is not self._known[1] or not leaves:
+            return None
+        if self.scalars or "step" in slots or transforming() or any(leaf.is_complex() for leaf in leaves):
+            return None
+        if not all(map(is_uniform, (leaves, gradients, *slots.values()))):
+            return None
+        return self.lists(leaves, gradients, slots, self.prepare(values[0], _count(step), {}).values)
+
     def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
         """Update leaves that share their numbers; as one, where enough of them are alike."""
         stackable = self.elementwise and len(members) >= STACKED and not torch.compiler.is_compiling()
@@ -215,13 +231,22 @@ class Rule:
 
     def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
         """The hyperparameters and switches of each leaf at this step."""
-        specs: dict[str, Any] = dict(state.hyperparameters)
-        if not is_checked(state.hyperparameters, shapes):
+        given = state.hyperparameters
+        known = is_checked(given, shapes)
+        about = seen(given) if known else None
+        if about is not None and self._known is not None and self._known[0] is about:
+            return self._known[1]
+        specs: dict[str, Any] = dict(given)
+        if not known:
             self._check(specs, names(), shapes)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
         if now:
             self._check(now, names(), shapes)
-        return by_parameter({**specs, **now, **self.switches, **self.choices}, names, len(shapes))
+        specs = {**specs, **now, **self.switches, **self.choices}
+        values = by_parameter(specs, names, len(shapes))
+        if about is not None and not now and is_plain(specs) and not torch.compiler.is_compiling():
+            self._known = about, values
+        return values
 
     def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""

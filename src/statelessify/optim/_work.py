@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -96,6 +98,8 @@ def is_uniform(tensors: list[Tensor]) -> bool:
 
 def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:
     """The places at which all of these columns hold the same objects."""
+    if not torch.compiler.is_compiling() and all(map(_is_one_object, columns)):
+        return [list(range(len(columns[0])))]
     groups: dict[Any, list[int]] = {}
     # A graph with the number of an object in it would serve that object only.
     keys: Iterable[Any] = range(len(columns[0]))
@@ -104,6 +108,10 @@ def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     return groups.values()
+
+
+def _is_one_object(column: Sequence[Any]) -> bool:
+    return len(column) > 0 and all(map(operator.is_, column, itertools.repeat(column[0])))
 
 
 def by_kind(leaves: list[Tensor], members: list[int]) -> Iterable[tuple[bool, list[int]]]:

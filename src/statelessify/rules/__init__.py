@@ -1,8 +1,17 @@
 """Rules for what torch's transforms get wrong or cannot do, and the door for more of them."""
 
-from . import _attention, _embeddings, _losses, _masks, _modules, _norms, _recurrent
+from . import _attention, _embeddings, _linear, _losses, _masks, _modules, _norms, _recurrent
 from ._registry import RULES, Rule, rule
 
 __all__ = ["RULES", "Rule", "rule"]
 
-del _attention, _embeddings, _losses, _masks, _modules, _norms, _recurrent  # imported for the rules that they register
+del (
+    _attention,
+    _embeddings,
+    _linear,
+    _losses,
+    _masks,
+    _modules,
+    _norms,
+    _recurrent,
+)  # imported for the rules that they register
