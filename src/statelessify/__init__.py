@@ -3,6 +3,7 @@
 from . import errors, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
+from ._compile import compiled
 from ._gradient import FirstOrder, Unroll
 from ._partition import combine, partition
 from ._stateless import Stateless, load_, stateless
@@ -20,6 +21,7 @@ __all__ = [
     "adapt_tasks",
     "buffer_sync",
     "combine",
+    "compiled",
     "errors",
     "explain",
     "load_",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._compile import compiled_step, plain
 from ._gradient import Gradient, Unroll, value_and_grad
 from ._transforms import OrdinaryTensors, ordinary, transforming
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
@@ -88,6 +89,7 @@ def adapt(
         if steps == 0:
             return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
 
+        asked, loss = loss, plain(loss)
         call, update = scalar_loss(loss, carry is not None), checked(optimizer)
 
         def step(state: Any, batch: Any, differentiable: bool) -> tuple[Any, Tensor]:
@@ -109,7 +111,7 @@ def adapt(
 
         # A copy of each parameter that autograd can tell from the original: the loss may read the original as well.
         state = (apart(params), *state[1:])
-        (params, opt_state, carry), losses = gradient.run(step, state, batch_at, steps)
+        (params, opt_state, carry), losses = gradient.run(compiled_step(asked, step, batch), state, batch_at, steps)
         return Adapted(params, opt_state, torch.stack(losses), carry)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, loss_options, outside_inference, scalar_loss
+from ._compile import compiled_step, plain
 from ._gradient import Gradient, Unroll, value_and_grad
 from ._task_trees import (
     Mark,
@@ -120,7 +121,9 @@ def adapt_tasks(
                 "nothing says how many tasks there are: no tensor of `batches` has a task dimension; map something in "
                 "`in_dims`, or use `adapt`"
             )
-        run = _Run(loss, optimizer, grad_transform, Mapper(count, backend, randomness, chunk_size), carry is not None)
+        run = _Run(
+            plain(loss), optimizer, grad_transform, Mapper(count, backend, randomness, chunk_size), carry is not None
+        )
         begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
 
         def batch_at(index: int, state: _State) -> Tasks:
@@ -133,7 +136,10 @@ def adapt_tasks(
             return found
 
         final, losses = gradient.run(
-            run.step, _State(begin, _expanded_slots(state, count), known["carry"]), batch_at, steps
+            compiled_step(loss, run.step, batches),
+            _State(begin, _expanded_slots(state, count), known["carry"]),
+            batch_at,
+            steps,
         )
         values = torch.stack(losses, 1) if losses else torch.zeros(count, 0, **loss_options(params))
         return Adapted(final.params, final.opt_state.expanded(count), values, final.carry.expanded(count))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
+from ._compile import Compiled, Run, can_compile, plain
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
     TreeSpec,
@@ -84,8 +85,12 @@ def over_tasks(
                 f"no argument is mapped over tasks: `in_dims={in_dims!r}` shares all {len(args)}; "
                 "write `in_dims=0` to map the first one"
             )
-        call = partial(fn, **kwargs) if kwargs else fn
-        return Mapper(count, backend, randomness, chunk_size)(call, tasks, fn).expanded(count)
+        mapper = Mapper(count, backend, randomness, chunk_size)
+        source = plain(fn)
+        call = partial(source, **kwargs) if kwargs else source
+        if isinstance(fn, Compiled) and can_compile():
+            return Run(fn, lambda tasks: (mapper(call, tasks, source),))(tasks)[0].expanded(count)
+        return mapper(call, tasks, source).expanded(count)
 
     return mapped
 
