@@ -59,6 +59,7 @@ LEVELS = {
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph",
             "rules _task_trees _pristine _compiled_graphs",
+            "_compiled_calls",
             "_compile",
             "_skeleton _tasks _checkpoint optim implicit",
             "_effects _kept _gradient",

@@ -5,7 +5,6 @@ The second graph computes the step again from its inputs, so that a loop keeps t
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -27,12 +26,12 @@ class Calls(threading.local):
     """What the last call of compiled code in this thread has run.
 
     Attributes:
-        last: the graphs, their inputs and outputs; None where there was nothing to compute.
+        last: the graphs and their inputs; None where there was nothing to compute.
         refused: why there are no graphs.
         made: whether they were made in this call.
     """
 
-    last: tuple[Graphs, Sequence[Tensor], Sequence[Tensor]] | None = None
+    last: tuple[Graphs, Sequence[Tensor]] | None = None
     refused: StatelessifyError | None = None
     made: bool = False
 
@@ -65,12 +64,13 @@ class Graphs:
                 ]
                 graph = self._graph(self._derivative, [*plain, *cotangents])
                 self.derivative = inner(graph, [*plain, *cotangents])
+        self.stand_ins = [torch.empty(0) for _ in self.differentiable]
         del self._traced
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        outputs = self.run(inputs)
-        calls.last = (self, inputs, outputs)
-        return outputs
+        """Compute nothing: note what to compute, and return tensors that stand for the outputs."""
+        calls.last = (self, inputs)
+        return self.stand_ins
 
     def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.derivative is not None and torch.is_grad_enabled():
@@ -111,7 +111,7 @@ class Graphs:
     def _derivative(self, *inputs: Tensor) -> list[Tensor]:
         count = len(self.needs)
         leaves, outputs = self._run_traced(inputs[:count])
-        found = torch.autograd.grad(
+        found: Any = cast("Any", torch.autograd.grad)(
             [output for output, has in zip(outputs, self.differentiable, strict=True) if has],
             [leaf for leaf, need in zip(leaves, self.needs, strict=True) if need],
             inputs[count:],
@@ -148,12 +148,12 @@ def _refuse_random(graph: fx.GraphModule) -> None:
 
 
 def _refuse_side_effects() -> None:
-    """Refuse code that changes an object of Python's; the slots of a skeleton, filled and cleared, are none."""
+    """Refuse code that changes an object of Python's; a skeleton puts itself back (`Skeleton.forward`)."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     output: Any = InstructionTranslator.current_tx().output
-    slots = re.compile(r"\._skeletons\.traced\..*\._(parameters|buffers)$|^<unknown source>$")
-    changed = [name for name in output.get_replayed_side_effect_source_refs() if not slots.search(name)]
+    names: list[str] = output.get_replayed_side_effect_source_refs()
+    changed = [name for name in names if "._skeletons.traced." not in name and name != "<unknown source>"]
     if changed:
         raise CompileError(
             f"the step changes an object outside it, which compiled code would not do in each step: {changed}; return "
@@ -181,7 +181,7 @@ class _Step(torch.autograd.Function):
             found = ctx.graphs.gradients(inputs, cotangents)
         if not torch.is_grad_enabled():
             return (None, *found)
-        once = iter(cast("Any", _Once).apply(*[g for g in found if g is not None], *inputs, *cotangents))
+        once = iter(cast("Any", _Once).apply(*[grad for grad in found if grad is not None], *inputs, *cotangents))
         return (None, *[None if grad is None else next(once) for grad in found])
 
 
@@ -203,7 +203,7 @@ class _Once(torch.autograd.Function):
 def as_backend(backend: str | Call) -> Call:
     """A backend for `torch.compile` that makes `Graphs` of what dynamo has traced."""
 
-    def make(traced: fx.GraphModule, inputs: Sequence[Tensor]) -> Graphs:
+    def make(traced: fx.GraphModule, inputs: Sequence[Any]) -> Graphs:
         calls.made = True
         try:
             if not all(isinstance(value, Tensor) for value in inputs):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 from torch.func import vmap
 
-from ._compile import Compiled, Run, can_compile, plain
+from ._compile import compiled_call, plain
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._tree import (
     TreeSpec,
@@ -88,9 +88,7 @@ def over_tasks(
         mapper = Mapper(count, backend, randomness, chunk_size)
         source = plain(fn)
         call = partial(source, **kwargs) if kwargs else source
-        if isinstance(fn, Compiled) and can_compile():
-            return Run(fn, lambda tasks: (mapper(call, tasks, source),))(tasks)[0].expanded(count)
-        return mapper(call, tasks, source).expanded(count)
+        return compiled_call(fn, lambda given: mapper(call, given, source))(tasks).expanded(count)
 
     return mapped
 
