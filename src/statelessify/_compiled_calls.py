@@ -154,7 +154,7 @@ class Run:
             "value, or leave the loss uncompiled"
         ) from error
 
-    def _check(self, leaves: list[Any], layouts: list[_Layout], results: list[Any]) -> None:
+    def _check(self, leaves: list[Any], layouts: list[_Layout], results: Sequence[Any]) -> None:
         """Compare a call that has just been compiled with one that is not, in values and first derivatives."""
         copies = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         expected = list(self._fn(*_parts(copies, layouts)))
