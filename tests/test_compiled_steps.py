@@ -113,6 +113,17 @@ def test_one_task_has_the_numbers_of_the_plain_loss(make: Any) -> None:
     assert_close(ours[1], theirs[1])
 
 
+def test_a_later_step_may_be_compiled_for_itself() -> None:
+    """The carry has no graph at the first step, and one at the second, whose inputs depend on each other."""
+    params, lr = {"w": torch.randn(3, requires_grad=True)}, torch.tensor(0.1, requires_grad=True)
+
+    def run(loss: Any) -> Any:
+        adapted = adapt(loss, params, torch.ones(3), optimizer=optim.sgd(lr=lr), steps=3, carry=torch.ones(3))
+        return gradients(adapted.losses.sum() + adapted.carry.sum(), {**params, "lr": lr})
+
+    assert_close(run(quick(recurrent)), run(recurrent))
+
+
 @pytest.mark.parametrize("norm", ["layer", "batch, running", "instance, running", "F.batch_norm"])
 def test_norms_with_running_statistics(norm: str) -> None:
     problem = norm_problem(norm, TASKS)
@@ -221,6 +232,23 @@ def test_a_hundred_calls_compile_once() -> None:
         for steps in [2, 7] * 50:
             tasks_once(fast, params, regression_batch(TASKS), optimizer=optim.adam(lr=0.1), steps=steps)
     assert backend.count == 4
+
+
+def test_strides_of_dimensions_of_size_one_compile_nothing_again() -> None:
+    """A rate that needs a gradient, and a step whose result is strided in another way than its input."""
+    net, batches, backend = nn.Linear(1, 3), (torch.randn(TASKS, 4, 1), torch.randn(TASKS, 4, 3)), Counted()
+    apply, params, buffers = stateless(net)
+    lr = torch.tensor(0.1, requires_grad=True)
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        return F.mse_loss(apply(params, buffers, batch[0])[0], batch[1])
+
+    def run(loss: Any) -> Any:
+        adapted = adapt_tasks(loss, params, batches, optimizer=optim.sgd(lr=lr), steps=3)
+        return gradients(adapted.losses.sum(), {**params, "lr": lr})
+
+    assert_close(run(compiled(loss, backend=backend)), run(loss))
+    assert backend.count == 2
 
 
 def test_what_the_loss_reads_may_change() -> None:

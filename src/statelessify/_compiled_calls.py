@@ -100,15 +100,14 @@ class Run:
         if recipe is None or not _alike(recipe, leaves, layouts):
             recipe, made = self._guarded(leaves, layouts)
             self._recipe = None if self._meanwhile else recipe
-        results = recipe.run(leaves)
         if made:
-            self._check(leaves, layouts, results)
-        return results
+            self._check(recipe, leaves, layouts)
+        return recipe.run(leaves)
 
     def _prepared(self, leaves: list[Any], layouts: list[_Layout]) -> list[Any]:
         """The leaves with the strides, and those that are carried with the gradients, of later steps' leaves."""
         real = [isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves]
-        leaves = [leaf.contiguous() if each else leaf for leaf, each in zip(leaves, real, strict=True)]
+        leaves = [_contiguous(leaf) if each else leaf for leaf, each in zip(leaves, real, strict=True)]
         carried = sum(layout.size for layout in layouts[: self._carried])
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf, each in zip(leaves, real, strict=True) if each):
             for index in range(carried):
@@ -154,13 +153,13 @@ class Run:
             "value, or leave the loss uncompiled"
         ) from error
 
-    def _check(self, leaves: list[Any], layouts: list[_Layout], results: Sequence[Any]) -> None:
-        """Compare a call that has just been compiled with one that is not, in values and first derivatives."""
-        copies = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        expected = list(self._fn(*_parts(copies, layouts)))
+    def _check(self, recipe: _Recipe, leaves: list[Any], layouts: list[_Layout]) -> None:
+        """Compare what has just been compiled with what was not, in values and first derivatives."""
+        inputs, copies = ([_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves] for _ in range(2))
+        results, expected = recipe.run(inputs), self._fn(*_parts(copies, layouts))
         for what, ours, theirs in (
             ("values", _real(results), _real(expected)),
-            ("derivatives", _derivatives(results, leaves), _derivatives(expected, copies)),
+            ("derivatives", _derivatives(results, inputs), _derivatives(expected, copies)),
         ):
             distance = sum(
                 float((a - b).detach().abs().double().square().sum()) for a, b in zip(ours, theirs, strict=True)
@@ -223,6 +222,19 @@ def _same_kind(leaf: Any, other: Any) -> bool:
             and leaf.stride() == other.stride()
         )
     return leaf is other or (type(leaf) is type(other) and type(leaf) in (bool, int, float, str) and leaf == other)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """A tensor with the one stride that contiguous ones of its shape have; torch leaves those of size 1 open."""
+    tensor = tensor.contiguous()
+    if 1 not in tensor.shape:
+        return tensor
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return tensor.flatten().view(tensor.shape)
+        expected *= size
+    return tensor
 
 
 def _alias(tensor: Tensor) -> Tensor:
