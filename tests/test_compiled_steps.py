@@ -287,6 +287,35 @@ def test_batches_that_are_made_in_each_step_may_change_what_the_loss_reads() -> 
         draws[:] = [regression_batch() for _ in range(3)]
 
 
+class Late:
+    """A user's own mode: nothing is recorded before the last step."""
+
+    def run(self, step: Any, state: Any, batch_at: Any, steps: int) -> Any:
+        losses = []
+        for index in range(steps):
+            with torch.set_grad_enabled(index == steps - 1):
+                state, value = step(state, batch_at(index, state), True)
+            losses.append(value)
+        return state, losses
+
+
+def test_recording_may_begin_in_the_loop() -> None:
+    params, batches, lr = mlp(), regression_batch(TASKS), torch.tensor(0.1, requires_grad=True)
+
+    def run(loss: Any) -> Any:
+        adapted = adapt_tasks(loss, params, batches, optimizer=optim.sgd(lr=lr), steps=3, gradient=Late())
+        return gradients(sum(p.square().sum() for p in adapted.params.values()), {"lr": lr})  # pyright: ignore[reportArgumentType]
+
+    assert_close(run(quick(regression)), run(regression))
+
+
+def test_each_loss_has_its_own_limit() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for scale in (1.0, 2.0):
+            fast = quick(lambda params, batch, scale=scale: scale * regression(params, batch))
+            adapt(fast, mlp(), regression_batch(), optimizer=optim.sgd(), steps=2)
+
+
 def test_too_many_recompilations_are_an_error() -> None:
     params, batches, fast = fresh(mlp()), regression_batch(TASKS), quick(regression)
     with torch._dynamo.config.patch(recompile_limit=2):
