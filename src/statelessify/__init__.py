@@ -4,6 +4,7 @@ from . import errors, implicit, optim, rules, typing
 from ._adapt import Adapted, adapt
 from ._adapt_tasks import adapt_tasks
 from ._compare import Comparison, ModeResult, compare_modes
+from ._compile import compiled
 from ._forward_mode import ForwardMode
 from ._implicit import Implicit
 from ._partition import combine, partition
@@ -28,6 +29,7 @@ __all__ = [
     "buffer_sync",
     "combine",
     "compare_modes",
+    "compiled",
     "errors",
     "explain",
     "implicit",

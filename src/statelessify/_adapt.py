@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ._attach import Function
+from ._compile import compiled_step, plain
 from ._gradient import value_and_grad
-from ._loop import Gradient, State
+from ._loop import Gradient, State, Step
 from ._split import split
 from ._transforms import OrdinaryTensors, ordinary, transforming, unseen
 from ._tree import require_floating, tree_detach, tree_leaves, tree_map
@@ -91,7 +92,8 @@ def adapt(
         state = State(params, optimizer.init(params) if opt_state is None else opt_state, carry)
         if steps == 0:
             return Adapted(*state[:2], torch.zeros(0, **loss_options(params)), carry)
-        loop = _Loop(loss, optimizer, grad_transform, batch, carry is not None, own)
+        loop = _Loop(plain(loss), optimizer, grad_transform, batch, carry is not None, own)
+        loop = loop._replace(compiled=compiled_step(loss, loop.step, batch))
         # A copy of each parameter that autograd can tell from the original: the loss may read the original as well.
         final, losses = gradient.run(loop, state._replace(params=apart(params)), steps)
         return Adapted(final.params, final.opt_state, torch.stack(tuple(losses)), final.carry)
@@ -106,6 +108,7 @@ class _Loop(NamedTuple):
     batch: Batch
     with_carry: bool
     own: Callable[[Any], Any]
+    compiled: Step | None = None
 
     def step(self, state: State, batch: Any, differentiable: bool) -> tuple[State, Tensor]:
         params, opt_state, carry = state

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, gradient_of, loss_options, outside_inference, scalar_loss
 from ._attach import Function
+from ._compile import compiled_step, plain
 from ._gradient import value_and_grad
-from ._loop import Gradient, State
+from ._loop import Gradient, State, Step
 from ._one_task import adapt_one, alone, lined_up
 from ._random import random_state, set_random_state
 from ._task_states import (
@@ -165,7 +166,8 @@ def adapt_tasks(
                 opt_state=alone(state) if any(state.mapped) else opt_state,  # which knows that it has been checked
                 grad_transform=grad_transform,
             )
-        loop = _Loop(loss, optimizer, grad_transform, mapper, carry is not None, batch_at)
+        loop = _Loop(plain(loss), optimizer, grad_transform, mapper, carry is not None, batch_at)
+        loop = loop._replace(compiled=compiled_step(loss, loop.step, batches))
         begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
         start = State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"])
         final, losses = gradient.run(loop, start, steps) if steps else (start, ())
@@ -182,6 +184,7 @@ class _Loop(NamedTuple):
     mapper: Mapper
     with_carry: bool
     batches: Callable[[int, State], Tasks]
+    compiled: Step | None = None
 
     def gradient(self, params: Any, carry: Any, batch: Any) -> Any:
         return gradient_of(self.source, params, carry, batch, self.with_carry)

@@ -30,6 +30,7 @@ class Loop(Protocol):
     Attributes:
         source: the user's loss, for messages.
         grad_transform: what is done to gradients before each update.
+        compiled: `step` as compiled code, where the user asks for that; it is computed again in the backward pass.
     """
 
     @property
@@ -37,6 +38,9 @@ class Loop(Protocol):
 
     @property
     def grad_transform(self) -> GradTransform | None: ...
+
+    @property
+    def compiled(self) -> Step | None: ...
 
     def step(self, state: State, batch: Any, differentiable: bool) -> tuple[State, Tensor]: ...
 
@@ -70,7 +74,8 @@ class Gradient(Protocol):
 def unrolled(loop: Loop, state: State, indices: Sequence[int], differentiable: bool) -> tuple[State, list[Tensor]]:
     """The steps one after the other, with whatever graph they make."""
     losses: list[Tensor] = []
+    step = loop.compiled or loop.step
     for index in indices:
-        state, value = loop.step(state, loop.batch_at(index, state), differentiable)
+        state, value = step(state, loop.batch_at(index, state), differentiable)
         losses.append(value)
     return state, losses

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 
+from ._compile import compiled_call, plain
 from ._random import random_state, set_random_state
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._transforms import unseen
@@ -86,8 +87,10 @@ def over_tasks(
                 f"no argument is mapped over tasks: `in_dims={in_dims!r}` shares all {len(args)}; "
                 "write `in_dims=0` to map the first one"
             )
-        call = partial(fn, **kwargs) if kwargs else fn
-        return Mapper(count, backend, randomness, chunk_size)(call, tasks, fn).expanded(count)
+        mapper = Mapper(count, backend, randomness, chunk_size)
+        source = plain(fn)
+        call = partial(source, **kwargs) if kwargs else source
+        return compiled_call(fn, lambda given: mapper(call, given, source))(tasks).expanded(count)
 
     return mapped
 

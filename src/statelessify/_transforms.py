@@ -53,6 +53,14 @@ def forward_mode() -> bool:
     return any(isinstance(level, JvpInterpreter) for level in retrieve_all_functorch_interpreters())
 
 
+def in_inference() -> bool:
+    """Whether inference mode is on, or was left for an inner loop (`OrdinaryTensors`)."""
+    if torch.is_inference_mode_enabled():
+        return True
+    stack = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    return any(isinstance(mode, OrdinaryTensors) for mode in stack)
+
+
 def levels(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor as each level of transforms sees it, the innermost level first."""
     yield tensor

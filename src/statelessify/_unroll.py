@@ -75,8 +75,9 @@ class Unroll:
         every = steps if self.checkpoint_every is None else self.checkpoint_every
         if every == "auto":
             every = max(1, round((steps - first) ** 0.5))
-        # Forward mode keeps nothing to save, and a compiled step has the compiler's own recomputation.
-        plain = self.checkpoint_every is None or not recording or forward_mode() or torch.compiler.is_compiling()
+        # Forward mode keeps nothing that could be saved, and a compiled step is computed again as it is.
+        plain = self.checkpoint_every is None or not recording or forward_mode()
+        plain = plain or loop.compiled is not None or torch.compiler.is_compiling()
         for start in range(first, steps, every):
             indices = range(start, min(start + every, steps))
             state, values = unrolled(loop, state, indices, True) if plain else checkpointed(loop, state, indices)

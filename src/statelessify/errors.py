@@ -11,6 +11,7 @@
      ├── MutationError (RuntimeError)            a module that writes into its own parameters
      ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
      ├── CheckpointError (RuntimeError)          activation checkpointing where torch would lose a derivative
+     ├── CompileError (RuntimeError)             a step that cannot be compiled, or not without changing its numbers
      ├── DerivativeError (RuntimeError)          an operation that lacks the derivative which is asked for
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "CompileError",
     "ConvergenceError",
     "DerivativeError",
     "DtypeError",
@@ -101,6 +103,10 @@ class LateUseError(StatelessifyError, RuntimeError):
 
 class CheckpointError(StatelessifyError, RuntimeError):
     """Activation checkpointing inside a module, in a place where torch refuses it or gives a wrong derivative."""
+
+
+class CompileError(StatelessifyError, RuntimeError):
+    """A step of an inner loop that cannot be compiled, or that compiled code would compute differently."""
 
 
 class DerivativeError(StatelessifyError, RuntimeError):
