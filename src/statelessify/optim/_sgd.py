@@ -17,6 +17,7 @@ from ._rule import Coefficients, ListedSlots, Rule, Slots, Values
 __all__ = ["sgd"]
 
 _torch: Any = torch  # its stubs do not have the operations on lists
+LISTED = 2**12  # entries in all that an operation on lists may keep alive at each step
 
 
 def sgd(
@@ -82,14 +83,21 @@ def _update(p: Tensor, g: Tensor, slots: Slots, c: Values) -> tuple[Tensor, Slot
 def _update_lists(
     ps: list[Tensor], gs: list[Tensor], slots: ListedSlots, c: Values
 ) -> tuple[list[Tensor], ListedSlots]:
-    """`_update` for plain numbers: one node of the graph for all leaves, where each would have its own."""
+    """`_update` for plain numbers: for small leaves one node of the graph, where each would have its own."""
     if c["maximize"]:
         gs = list(_torch._foreach_neg(gs))
     if c["weight_decay"]:
-        gs = list(_torch._foreach_add(gs, ps, alpha=c["weight_decay"]))
+        gs = _added(gs, ps, c["weight_decay"])
     if c["momentum"]:
-        kept = _torch._foreach_mul(slots["momentum_buffer"], c["momentum"])
-        buffers = list(_torch._foreach_add(kept, gs, alpha=c["fresh"]))
+        kept = list(_torch._foreach_mul(slots["momentum_buffer"], c["momentum"]))
+        buffers = _added(kept, gs, c["fresh"])
         slots = {"momentum_buffer": buffers}
-        gs = list(_torch._foreach_add(gs, buffers, alpha=c["momentum"])) if c["nesterov"] else buffers
-    return list(_torch._foreach_add(ps, gs, alpha=-c["lr"])), slots
+        gs = _added(gs, buffers, c["momentum"]) if c["nesterov"] else buffers
+    return _added(ps, gs, -c["lr"]), slots
+
+
+def _added(xs: list[Tensor], ys: list[Tensor], scale: float) -> list[Tensor]:
+    """``x + scale * y`` of each pair; as one operation where they are small, as its graph keeps all of them alive."""
+    if sum(x.numel() for x in xs) <= LISTED:
+        return list(_torch._foreach_add(xs, ys, alpha=scale))
+    return [torch.add(x, y, alpha=scale) for x, y in zip(xs, ys, strict=True)]
