@@ -15,7 +15,7 @@ from ._pristine import Pristine
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
-from .rules._registry import RULES, install
+from .rules._registry import RULES, install, rule_of_class
 
 __all__: list[str] = []
 
@@ -163,6 +163,9 @@ class Skeleton(nn.Module):
         """
         for part in self._parts:
             part.__dict__.update(cast("Any", part._modules))
+            rule = rule_of_class(type(part))
+            if rule is not None and rule.when == "always":
+                part.__dict__["forward"] = types.MethodType(rule.call, part)
         self.vacate()
 
     def withdraw(self) -> bool:
@@ -174,6 +177,9 @@ class Skeleton(nn.Module):
         for part in self._parts:
             for name in part._modules:
                 part.__dict__.pop(name, None)
+            if rule_of_class(type(part)) is not None:
+                del part.__dict__["forward"]
+        install(self.inner)
         return True
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:

@@ -227,6 +227,6 @@ def holds(when: When) -> bool:
 def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What runs as the forward of a module with a rule: the rule where it holds."""
     found = rule_of_class(type(part))
-    if found is not None and (found.when == "always" or holds(found.when)):
+    if found is not None and holds(found.when):
         return found.call(part, *args, **kwargs)
     return cast("Any", type(part)).forward(part, *args, **kwargs)
