@@ -86,8 +86,8 @@ MODELS = {
     "MLP": Model(mlp, (10, 1), 20),
     "class": Model(Net, (10, 1), 20),
     "deep": Model(deep, (10, 8), 4),
-    "encoder, training": Model(encoder, (4, 10, 32), 1),
-    "encoder, evaluation": Model(lambda: encoder().eval(), (4, 10, 32), 1),
+    "encoder, training": Model(encoder, (4, 10, 32), 3),
+    "encoder, evaluation": Model(lambda: encoder().eval(), (4, 10, 32), 3),
     "conv4": Model(conv4, (5, 1, 28, 28), 1),
 }
 

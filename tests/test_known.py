@@ -25,7 +25,7 @@ from zoo_modules import MLP
 from statelessify import errors, stateless
 from statelessify._known import conduct_of, may_meet_rules
 from statelessify.rules import rule
-from statelessify.rules._registry import FUNCTIONS, RULES
+from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -179,10 +179,10 @@ def test_a_part_that_is_handed_out_computes_with_the_tensors_of_its_call() -> No
     class Lends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(3, 3)
+            self.part = Residual(nn.Linear(3, 3))
 
         def forward(self, x: Tensor) -> Any:
-            return self.linear, self.linear(x)
+            return self.part, self.part(x)
 
     apply, params, buffers = stateless(Lends())
     x, late = torch.ones(2, 3), []
@@ -191,8 +191,10 @@ def test_a_part_that_is_handed_out_computes_with_the_tensors_of_its_call() -> No
         late.append(apply({name: p * scale for name, p in params.items()}, buffers, x)[0])
     for part, out in late:
         assert_close(part(x), out)
-        part.bias = None  # a module as any other: nothing hides what is bound anew
-        assert_close(part(x), x @ part.weight.T)
+        part.inner.bias = None  # a module as any other: nothing hides what is bound anew
+        assert_close(part.inner(x), x @ part.inner.weight.T)
+        part.inner = None
+        assert part.inner is None
 
 
 def test_writing_into_a_parameter_in_a_later_call_is_an_error() -> None:
@@ -267,20 +269,22 @@ def test_a_branch_that_was_not_taken_has_its_rules_later() -> None:
     assert_close(found, derivatives(F.cross_entropy(F.linear(x, params["linear.weight"]), target), params))
 
 
-def test_a_rule_that_comes_later_holds_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sines(nn.Module):
+def test_a_rule_that_comes_later_holds_too() -> None:
+    class Erf(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.special.erf(x)
 
-    apply, params, buffers = stateless(nn.Sequential(Sines(), nn.Softsign()))
-    for _ in range(2):
-        apply(params, buffers, torch.ones(2))
-    kept, functions = list(RULES), {when: dict(calls) for when, calls in FUNCTIONS.items()}
-    try:
-        rule(torch.special.erf, why="to see it", when="always")(lambda x: x * 0)
-        assert apply(params, buffers, torch.ones(2))[0].tolist() == [0.0, 0.0]
-    finally:
-        RULES[:] = kept
-        for when, calls in functions.items():
-            FUNCTIONS[when].clear()
-            FUNCTIONS[when].update(calls)
+    apply, params, buffers = stateless(nn.Sequential(Erf(), nn.Softsign()))
+    functions = {when: dict(calls) for when, calls in FUNCTIONS.items()}
+    for target, expected in ((torch.special.erf, 0.0), (nn.Softsign, 3.0)):
+        for _ in range(2):
+            apply(params, buffers, torch.ones(2))
+        try:
+            rule(target, why="to see it", when="always")(lambda *args, to=expected: args[-1] * 0 + to)
+            assert apply(params, buffers, torch.ones(2))[0].tolist() == [expected] * 2
+        finally:
+            del RULES[-1]
+            MODULES.pop(target, None)
+            for when, calls in functions.items():
+                FUNCTIONS[when].clear()
+                FUNCTIONS[when].update(calls)

@@ -25,12 +25,12 @@ from ._effects import (
     writes_parameter,
 )
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._known import global_hooks, may_meet_rules
+from ._known import GLOBAL_HOOKS, may_meet_rules
 from ._layout import Layout, Tensors
 from ._likeness import Call, as_parameter
 from ._skeleton import Skeleton, Skeletons, Slots
 from ._structure import named_parts
-from ._transforms import per_task_one, transforming
+from ._transforms import in_transform, per_task_one, transforming
 from ._tree import tree_leaves
 from .errors import CheckpointError, ModuleError
 from .rules._registry import RULES, Rules, Watched, active_rules, rules
@@ -81,7 +81,7 @@ class Apply:
         else:
             given, tensors = self._gather(params, buffers)
         skeleton = self._skeletons.take()
-        if skeleton.known and self._probed and not self._layout.overlapping and not global_hooks():
+        if skeleton.known and self._probed and not self._layout.overlapping and not any(GLOBAL_HOOKS):
             return self._known(skeleton, buffers, tensors, args, kwargs)
         return self._unknown(skeleton, params, given, args, kwargs)
 
@@ -91,22 +91,20 @@ class Apply:
         self, skeleton: Skeleton, buffers: Buffers, tensors: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Buffers]:
         """A call of a module of which is known that it writes into tensors at most, and keeps nothing."""
-        inside, reads, layout = transforming(), skeleton.conduct == "only reads", self._layout
+        inside, reads, layout = in_transform(), skeleton.conduct == "only reads", self._layout
         installed = self._with_own_buffers(tensors, (args, kwargs)) if layout.registered else tensors
-        before = versions_of(installed) if reads else None
+        before = versions_of(installed, inside) if reads else None
         mode = self._mode(inside)
-        if reads:
-            skeleton.is_held()
         try:
             skeleton.fill(layout.by_slot(installed))
             if mode is None:
-                out = skeleton.inner(*args, **kwargs)
+                out = skeleton.run(*args, **kwargs)
             else:
                 with mode:
-                    out = skeleton.inner(*args, **kwargs)
+                    out = skeleton.run(*args, **kwargs)
         finally:
             skeleton.vacate()
-        if before is not None and before != (after := versions_of(installed)):
+        if before is not None and before != (after := versions_of(installed, inside)):
             self._check_unwritten(before, after)
         new_buffers = {**buffers}
         for index, name in layout.registered:
@@ -162,12 +160,11 @@ class Apply:
             installed = self._installed(given, (args, kwargs), call)
             versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
-        skeleton.is_held()
         mode = self._mode(inside)
         try:
             skeleton.fill(layout.by_slot(layout.in_order(installed)))
             with mode or nullcontext():
-                out = skeleton.inner(*args, **kwargs)
+                out = skeleton.run(*args, **kwargs)
             values = skeleton.read()
         except RuntimeError as error:
             if inside and is_checkpointing(error):

@@ -67,9 +67,9 @@ def version_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(0 if seen.is_inference() else seen._version for seen in levels(tensor))
 
 
-def versions_of(tensors: Sequence[Tensor | None]) -> Versions:
-    """The same for each of several tensors; where there are no transforms, in a few operations that run in C."""
-    if not transforming():
+def versions_of(tensors: Sequence[Tensor | None], inside: bool) -> Versions:
+    """The same for each of several tensors; where it is not inside a transform, in a few operations that run in C."""
+    if not inside:
         try:
             return [*map(_VERSION, tensors)]
         except (AttributeError, RuntimeError):  # an empty slot, an inference tensor

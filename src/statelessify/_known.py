@@ -69,14 +69,10 @@ def may_meet_rules(module: nn.Module) -> bool:
     return not names.isdisjoint(called | {name.strip("_") for name in called})
 
 
-def global_hooks() -> bool:
-    """Whether code runs around the forward of each module that there is."""
-    return any(_GLOBAL_HOOKS)
-
-
-_GLOBAL_HOOKS: Any = (
+GLOBAL_HOOKS: Any = (
     cast("Any", hooks._global_forward_hooks),
     cast("Any", hooks._global_forward_pre_hooks),
     cast("Any", hooks._global_backward_hooks),
     cast("Any", hooks._global_backward_pre_hooks),
 )
+"""Code that runs around the forward of each module that there is."""

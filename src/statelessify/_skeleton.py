@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +15,7 @@ from ._pristine import Pristine
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
-from .rules._registry import RULES, install
+from .rules._registry import RULES, install, rule_of_class
 
 __all__: list[str] = []
 
@@ -121,6 +121,8 @@ class Skeleton(nn.Module):
     It is a module of its own so that `torch.func.functional_call` can do the same, which dynamo follows.
     """
 
+    run: Callable[..., Any]
+
     def __init__(self, inner: nn.Module, paths: tuple[Slot, ...], traced: bool = False) -> None:
         super().__init__()
         self.inner = inner
@@ -144,7 +146,8 @@ class Skeleton(nn.Module):
         self.pristine = None if self.known else Pristine(inner)
         if self.known:
             self._show_attributes()
-        self._held: int | None = None
+        self.__dict__["run"] = inner  # not by way of `nn.Module.__getattr__`
+        self._holders: int | None = None
         self._python = [
             (part, name, value)
             for _, part in named_parts(inner)
@@ -160,6 +163,9 @@ class Skeleton(nn.Module):
         """
         for part in self._parts:
             part.__dict__.update(cast("Any", part._modules))
+            rule = rule_of_class(type(part))
+            if rule is not None and rule.when == "always":
+                part.__dict__["forward"] = types.MethodType(rule.call, part)
         self.vacate()
 
     def withdraw(self) -> bool:
@@ -171,6 +177,9 @@ class Skeleton(nn.Module):
         for part in self._parts:
             for name in part._modules:
                 part.__dict__.pop(name, None)
+            if rule_of_class(type(part)) is not None:
+                del part.__dict__["forward"]
+        install(self.inner)
         return True
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor | None]]:
@@ -194,11 +203,11 @@ class Skeleton(nn.Module):
         return out, values
 
     def is_held(self) -> bool:
-        """Whether something has kept one of its parts since this was first asked, before the first call."""
+        """Whether there are more references to its parts than when this was first asked: something has kept one."""
         holders = sum(map(sys.getrefcount, self._parts))
-        if self._held is None:
-            self._held = holders
-        return holders != self._held
+        if self._holders is None:
+            self._holders = holders
+        return holders != self._holders
 
     def read(self) -> list[Tensor | None]:
         """What stands in the slots, also in those that forward has bound anew."""
@@ -247,7 +256,9 @@ class Skeletons:
                 return skeleton
         except IndexError:
             pass
-        return Skeleton(self.copy(), self.paths)
+        skeleton = Skeleton(self.copy(), self.paths)
+        skeleton.is_held()
+        return skeleton
 
     def give_back(self, skeleton: Skeleton) -> bool:
         """Use a skeleton again, unless its call has left a trace on it; whether it will be."""

@@ -23,7 +23,12 @@ __all__: list[str] = []
 
 def transforming() -> bool:
     """Whether a functorch transform or a forward-mode level is active here, or dynamo traces."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    return torch.compiler.is_compiling() or in_transform()
+
+
+def in_transform() -> bool:
+    """Whether a functorch transform or a forward-mode level is active here."""
+    if forward_ad._current_level >= 0:
         return True
     return peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
 

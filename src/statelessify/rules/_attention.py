@@ -53,7 +53,7 @@ def _attention(
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     plain = _PLAIN.issuperset(map(type, inputs)) and not any(map(_IS_NESTED, inputs))
-    if plain and (transforming() or dropout_p > 0):  # a dropout mask could not be drawn again in backward
+    if plain and (dropout_p > 0 or transforming()):  # a dropout mask could not be drawn again in backward
         return _composed(query, key, value, attn_mask, dropout_p, options)
     if not plain:
         return _fused(query, key, value, attn_mask, dropout_p, **options)
