@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from statelessify import adapt, adapt_tasks, errors, optim, over_tasks, stateless
 from statelessify.rules import RULES, rule
-from statelessify.rules._registry import FUNCTIONS, MODULES, Rules
+from statelessify.rules._registry import FUNCTIONS, MODULES, Rules, Watched, rules
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -287,3 +287,52 @@ def test_a_compiled_transformer_is_one_graph(training: bool) -> None:
     close(found, expected)
     both = [torch.autograd.grad(out.sin().sum(), list(module.parameters())) for out in (found, expected)]
     close(*both)
+
+
+# ---------------------------------------------------------------- one mode for two occasions
+
+
+def occasions() -> list[Any]:
+    stack = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    return [mode.when for mode in stack if isinstance(mode, Rules)]
+
+
+def test_a_mode_is_raised_and_lowered_again() -> None:
+    with rules("gradients"):
+        assert occasions() == ["gradients"]
+        with rules("transforms"):
+            assert occasions() == ["transforms"]
+            with rules("gradients"), rules("always"):
+                assert occasions() == ["transforms"]
+        assert occasions() == ["gradients"]
+        with pytest.raises(KeyError), rules("transforms"):
+            raise KeyError
+        assert occasions() == ["gradients"]
+    assert occasions() == []
+
+
+def test_a_mode_that_others_may_share_is_never_raised() -> None:
+    watched = Watched()
+    with watched, rules("transforms"):
+        assert occasions() == ["always", "transforms"]
+    assert watched.when == "always"
+
+
+def test_the_rules_of_both_occasions_hold_inside_inner_steps() -> None:
+    calls: list[str] = []
+
+    def of(name: str, function: Any) -> Any:
+        return lambda *args: calls.append(name) or function(*args)
+
+    rule(torch.erf, why="a test", when="gradients")(of("gradients", torch.erf))
+    rule(torch.erfc, why="a test", when="transforms")(of("transforms", torch.erfc))
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        return (torch.erf(params["w"] * x) + torch.erfc(params["w"])).sum()
+
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 1}
+    params = {"w": torch.ones(2, requires_grad=True)}
+    adapt_tasks(loss, params, torch.ones(3, 2), **options)
+    assert calls == ["gradients", "transforms"]
+    adapt(loss, params, torch.ones(2), **options)
+    assert calls == ["gradients", "transforms", "gradients"]

@@ -78,9 +78,8 @@ def test_two_derivatives_are_those_of_a_loop(case: Case) -> None:
 @given(linears(), linears())
 def test_nested_levels(outer: Case, inner: Case) -> None:
     """Each argument has the tasks of the inner level, some of the outer level too."""
-    sets = [
-        torch.stack([a, 2 * a]) if dim is not None else a for a, dim in zip(inner.args, outer.in_dims, strict=False)
-    ]
+    pairs = zip(inner.args, outer.in_dims, strict=False)
+    sets = [torch.stack([a, 2 * a]) if dim is not None else a for a, dim in pairs]
     sets += inner.args[len(sets) :]
     dims = [0 if dim is not None else None for dim in outer.in_dims[: len(inner.args)]]
     dims += [None] * (len(inner.args) - len(dims))
@@ -127,6 +126,7 @@ def test_autocast_chooses_the_dtype() -> None:
 
 SHAPES: Any = [
     ([], [4, 2], [4]),  # no features
+    ([], [4, 1], [4]),
     ([5, 3], [4, 2], [4]),  # other features
     ([5, 2], [4, 2], [3]),  # another bias
     ([5, 2], [2], None),  # a row of weights
