@@ -39,7 +39,8 @@ def attach(values: Tensors, inputs: Tensors, pullback: Pullback, keep_outputs: b
     if not values or not (transforming() or any(tensor.requires_grad for tensor in inputs)):
         return list(values)
     apply: Any = _Attached.apply  # pyright: ignore[reportUnknownMemberType]
-    return list(apply(pullback, keep_outputs, len(values), *values, *inputs))
+    # Views: functions that a loop around this one sees, which an `autograd.Function` is not.
+    return list(apply(pullback, keep_outputs, len(values), *values, *(tensor.view_as(tensor) for tensor in inputs)))
 
 
 class _Attached(torch.autograd.Function):
