@@ -60,7 +60,7 @@ LEVELS = {
             "_tree _partition _structure _vacant _transforms _graph _loop _random",
             "rules _task_trees _pristine _attach _capture _split",
             "_skeleton _tasks _lost optim implicit",
-            "_effects _kept _gradient _values",
+            "_effects _kept _gradient _values _repeats",
             "_apply _checkpoint",
             "_stateless _trial _unroll _forward_mode _implicit",
             "_adapt explain",

@@ -13,6 +13,7 @@ from ._attach import Tensors, attach, detached
 from ._capture import Replaced
 from ._loop import Loop, State, unrolled
 from ._random import drawn_from, random_state
+from ._repeats import check_repeats, kept
 from ._split import split
 from ._transforms import forward_mode, levels
 from ._values import Values
@@ -73,7 +74,7 @@ class ForwardMode:
             random = random_state()
             losses.append(run.step(loop.step, batch))
             tangents.add([*split(batch).tensors, *run.captures.found.values()])
-            slopes.append(tangents.step(loop, before, batch, random))
+            slopes.append(tangents.step(loop, before, batch, random, [*split(run.state).tensors, losses[-1]]))
         return tangents.attached(run, losses, slopes)
 
 
@@ -109,8 +110,8 @@ class _Tangents:
                 "parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
             )
 
-    def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor]) -> list[Tensor]:
-        """Take the derivatives through a step; that of its loss in each direction."""
+    def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+        """Take the derivatives through a step that has these results; that of its loss in each direction."""
         before, parts = split(state), split(batch)
         moving = [index for index, tensor in enumerate(before.tensors) if is_inexact(tensor)]
         sources = list(self.sources.values())
@@ -141,9 +142,12 @@ class _Tangents:
                     or [torch.zeros_like(tensor) for tensor in primals[: len(moving)]]
                 )
             units = [self._unit(direction, p, s) for p, s in zip(primals[len(moving) :], sources, strict=True)]
-            _, out = torch.func.jvp(of_tensors, primals, (*self._of_state[number], *units))
+            values, out = torch.func.jvp(of_tensors, primals, (*self._of_state[number], *units))
             *self._of_state[number], slope = detached(out)
             slopes.append(slope)
+            if number == 0:
+                start = [*primals[: len(moving)], None] if len(values) == len(moving) + 1 else [None] * len(values)
+                check_repeats(kept([t for t in results if is_inexact(t)]), values, start, "write `gradient=Unroll()`")
         self._begin = []
         return slopes
 
