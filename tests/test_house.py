@@ -58,7 +58,7 @@ LEVELS = {
         [
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph _expected _likeness _loop _random",
-            "rules _task_trees _pristine _reads _vmapped _attach _capture _split _compiled_graphs",
+            "rules _task_trees _pristine _reads _vmapped _attach _capture _split _compiled_graphs _repeats",
             "_known _lost _compiled_calls",
             "_compile",
             "_skeleton _tasks optim implicit",

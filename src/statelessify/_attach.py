@@ -38,7 +38,9 @@ def attach(values: Tensors, inputs: Tensors, pullback: Pullback, keep_outputs: b
         )
     if not values or not (transforming() or any(tensor.requires_grad for tensor in inputs)):
         return list(values)
-    return list(cast("Any", _Attached).apply(pullback, keep_outputs, len(values), *values, *inputs))
+    # Views: functions that a loop around this one sees, which an `autograd.Function` is not.
+    given = (tensor.view_as(tensor) for tensor in inputs)
+    return list(cast("Any", _Attached).apply(pullback, keep_outputs, len(values), *values, *given))
 
 
 class _Attached(torch.autograd.Function):

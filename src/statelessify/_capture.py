@@ -17,6 +17,20 @@ from .errors import DerivativeError
 
 __all__: list[str] = []
 
+# What looks at a tensor and takes no gradient to it: nothing of it is lost where only these meet it.
+_LOOKS: set[Any] = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "data", "requires_grad")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("is_leaf", "grad_fn", "_version")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
+    *(getattr(Tensor, name) for name in ("detach", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")),
+    *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
+    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.detach),
+}
+_SET_REQUIRES_GRAD: Any = cast("Any", Tensor.requires_grad).__set__
+
 
 class Captures(TorchFunctionMode):
     """Notes the tensors from outside that need a gradient, as functions meet them.
@@ -37,16 +51,26 @@ class Captures(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        _each(self._note, args)
-        _each(self._note, kwargs)
+        if self._depth or func not in _LOOKS:
+            _each(self._note, args)
+            _each(self._note, kwargs)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.requires_grad and out.is_leaf and id(out) not in self.found:
-            self._made[id(out)] = out
+        _each(self._keep, args[0] if func == _SET_REQUIRES_GRAD else out)
         return out
 
-    def new_step(self) -> None:
-        """Let go of the leaves that an earlier step has made."""
-        self._made.clear()
+    def new_step(self, given: Iterable[Tensor] = ()) -> None:
+        """Let go of what an earlier step has made; `given` is what the next one is called with."""
+        self._made = {id(tensor): tensor for tensor in given}
+
+    def _keep(self, tensor: Tensor) -> None:
+        while True:
+            leaf = tensor.requires_grad and tensor.is_leaf  # as is a view of what needs a gradient, under `no_grad`
+            wrapped = is_functorch_wrapped_tensor(tensor)
+            if (leaf or (self._depth and wrapped)) and id(tensor) not in self.found and id(tensor) not in self._known:
+                self._made[id(tensor)] = tensor
+            if not wrapped or maybe_get_level(tensor) <= self._depth:
+                return
+            tensor = get_unwrapped(tensor)
 
     def _note(self, tensor: Tensor) -> None:
         if isinstance(tensor, Vacant):  # a skeleton's slot, seen as its tensor goes in
@@ -54,10 +78,13 @@ class Captures(TorchFunctionMode):
         below = tensor
         while is_functorch_wrapped_tensor(below) and maybe_get_level(below) > self._depth:
             below = get_unwrapped(below)
-        key = id(below)
-        if key in self.found or key in self._known or key in self._made or not self._outside(below):
+        key, direct = id(below), below is tensor
+        if key in self._made or (direct and (key in self.found or key in self._known)):
             return
-        if below is not tensor:
+        # A transform around the loop may be over when its step runs again, and what it wraps with it.
+        if not self._outside(below) and not (direct and is_functorch_wrapped_tensor(tensor)):
+            return
+        if not direct:
             raise DerivativeError(
                 f"an inner step maps or differentiates with respect to a closed-over tensor of shape "
                 f"{tuple(below.shape)} that needs a gradient: it would be lost; pass the tensor in `batch`, or write "
@@ -85,8 +112,9 @@ class Replaced(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*(_swapped(self._tensors, arg) for arg in args), **_swapped(self._tensors, kwargs or {}))
-        if isinstance(out, Tensor) and out.requires_grad and out.is_leaf:
-            self._made[id(out)] = out
+        made: Any = args[0] if func == _SET_REQUIRES_GRAD else out
+        if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:
+            self._made[id(made)] = made
         return out
 
     def check(self, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -105,10 +133,10 @@ class Replaced(TorchFunctionMode):
 def _each(call: Callable[[Tensor], None], arg: Any) -> None:
     if isinstance(arg, Tensor):
         call(arg)
-    elif type(arg) in (list, tuple):
-        for item in arg:
+    elif isinstance(arg, (list, tuple)):
+        for item in cast("tuple[Any, ...]", arg):
             _each(call, item)
-    elif type(arg) is dict:
+    elif isinstance(arg, dict):
         for item in cast("dict[Any, Any]", arg).values():
             _each(call, item)
 
@@ -116,8 +144,13 @@ def _each(call: Callable[[Tensor], None], arg: Any) -> None:
 def _swapped(tensors: Mapping[int, Tensor], arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return tensors.get(id(arg), arg)
-    if type(arg) in (list, tuple):
-        return type(arg)(_swapped(tensors, item) for item in arg)
-    if type(arg) is dict:
+    if isinstance(arg, (list, tuple)):
+        old = list(cast("tuple[Any, ...]", arg))
+        new = [_swapped(tensors, item) for item in old]
+        if all(a is b for a, b in zip(new, old, strict=True)):
+            return arg  # pyright: ignore[reportUnknownVariableType]
+        kind: Any = type(arg)  # pyright: ignore[reportUnknownVariableType]
+        return kind(*new) if hasattr(kind, "_fields") else kind(new)
+    if isinstance(arg, dict):
         return {key: _swapped(tensors, item) for key, item in cast("dict[Any, Any]", arg).items()}
     return arg

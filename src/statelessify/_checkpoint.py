@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from ._attach import Function, Tensors, attach, detached, vjp
 from ._capture import Replaced
 from ._loop import Loop, State, Step
 from ._random import drawn_from, random_state
+from ._repeats import autocast_as, autocast_state, check_repeats, kept
 from ._split import Split, split
-from ._transforms import transforming, unwrapped
+from ._transforms import transforming
 from ._values import Values
-from .errors import CheckpointError
 from .rules._registry import rules_here
 
 __all__: list[str] = []
@@ -42,8 +42,9 @@ def checkpointed(loop: Loop, state: State, indices: Sequence[int]) -> tuple[Stat
     tensors = [*begin.tensors, *(t for batch in batches for t in batch.tensors), *values.captures.found.values()]
     inputs = list({id(tensor): tensor for tensor in tensors}.values())
     positions = [next(i for i, t in enumerate(last.tensors) if t is tensor) for tensor in made]
-    block = _Block(loop.step, begin, batches, states, inputs, positions, [unwrapped(value) for value in losses])
+    block = _Block(loop.step, begin, batches, states, inputs, positions, autocast_state())
     attached = attach([*made, *losses], inputs, Recomputed(block))
+    block.results = kept(attached)
     new = {id(old): tensor for old, tensor in zip(made, attached, strict=False)}
     values.state = last.joined([new.get(id(tensor), tensor) for tensor in last.tensors])
     return values.rejoined(), attached[len(made) :]
@@ -84,8 +85,9 @@ class _Block:
     batches: list[Split]
     random: list[list[Tensor] | None]
     inputs: list[Tensor]
-    results: list[int]
-    losses: list[Tensor]
+    positions: list[int]
+    autocast: list[dict[str, Any]]
+    results: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         new = {id(old): tensor for old, tensor in zip(self.inputs, tensors, strict=True)}
@@ -95,30 +97,19 @@ class _Block:
 
         state, values = of(self.begin), list[Tensor]()
         replaced = Replaced(new)
-        with replaced:
+        with replaced, autocast_as(self.autocast):
             for batch, random in zip(self.batches, self.random, strict=True):
                 with nullcontext() if random is None else drawn_from(random):
                     state, value = self.step(state, of(batch), True)
                 values.append(value)
         found = split(state).tensors
-        results = [*(found[place] for place in self.results), *values]
+        results = [*(found[place] for place in self.positions), *values]
         if not transforming():
             replaced.check(results, tensors)
-        _check_repeats(self.losses, values)
+        same_tree = len(found) == len(self.begin.tensors)
+        start = [new[id(self.begin.tensors[place])] if same_tree else None for place in self.positions]
+        check_repeats(self.results, results, [*start, *[None] * len(values)], "leave `checkpoint_every` out")
         return results
-
-
-def _check_repeats(before: list[Tensor], again: list[Tensor]) -> None:
-    """An error where a step does not compute what it computed the first time: its gradient would be another one's."""
-    for index, (old, new) in enumerate(zip(before, map(unwrapped, again), strict=True)):
-        close = torch.finfo(old.dtype).eps ** 0.5
-        if old.shape == new.shape and not torch.allclose(old, new.detach(), rtol=close, atol=close, equal_nan=True):
-            raise CheckpointError(
-                f"an inner step has another loss when it is computed again ({new.tolist()}, and {old.tolist()} the "
-                f"first time; step {index} of its block): something that it reads has changed since, or it draws "
-                "random numbers from a generator of its own; pass what changes in `batch` or `carry`, or leave "
-                "`checkpoint_every` out"
-            )
 
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:

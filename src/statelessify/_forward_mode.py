@@ -14,6 +14,7 @@ from ._attach import Tensors, attach, detached, vjp
 from ._capture import Replaced
 from ._loop import Loop, State, unrolled
 from ._random import drawn_from, random_state
+from ._repeats import check_repeats, kept
 from ._split import split
 from ._transforms import forward_mode, levels, transforming
 from ._values import Values
@@ -78,7 +79,7 @@ class ForwardMode:
             random = random_state()
             losses.append(run.step(loop.step, batch))
             tangents.add([*split(batch).tensors, *run.captures.found.values()])
-            slopes.append(tangents.step(loop, before, batch, random))
+            slopes.append(tangents.step(loop, before, batch, random, [*split(run.state).tensors, losses[-1]]))
         return tangents.attached(run, losses, slopes)
 
 
@@ -114,8 +115,8 @@ class _Tangents:
                 "(often the initial parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
             )
 
-    def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor]) -> list[Tensor]:
-        """Take the derivatives through a step; that of its loss in each direction."""
+    def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+        """Take the derivatives through a step that has these results; that of its loss in each direction."""
         before, parts = split(state), split(batch)
         moving = [index for index, tensor in enumerate(before.tensors) if is_inexact(tensor)]
         sources = list(self.sources.values())
@@ -135,6 +136,8 @@ class _Tangents:
         # A pullback is linear, and its own pullback is the derivative: so no operation needs a forward-mode formula.
         with nullcontext() if transforming() else torch.no_grad():
             out, pull = vjp(of_tensors, primals, [True] * len(primals))
+            start = [*primals[: len(moving)], None] if len(out) == len(moving) + 1 else [None] * len(out)
+            check_repeats(kept([t for t in results if is_inexact(t)]), out, start, "write `gradient=Unroll()`")
             _, push = vjp(pull, [torch.zeros_like(tensor) for tensor in out], [True] * len(out))
             slopes: list[Tensor] = []
             for number, direction in enumerate(self.directions):

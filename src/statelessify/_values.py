@@ -41,7 +41,9 @@ class Values:
     def step(self, step: Step, batch: Any) -> Tensor:
         """Take one step; its loss."""
         parts = split(batch)
-        constants = parts.joined(detached(parts.tensors))
+        given = detached(parts.tensors)
+        constants = parts.joined(given)
+        self.captures.new_step([*split(self.state).tensors, *given])
         # The rules of the run that is differentiated hold here too, so that both have the same values.
         with torch.no_grad(), self.captures, nullcontext() if transforming() else rules("gradients"):
             state, value = step(self.state, constants, False)

@@ -1,0 +1,72 @@
+"""A step that runs again: in the surroundings of its first run, and with the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._transforms import unwrapped
+from .errors import CheckpointError
+
+__all__: list[str] = []
+
+
+def autocast_state() -> list[dict[str, Any]]:
+    """The settings of `torch.autocast` here, one for each kind of device."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    cached = torch.is_autocast_cache_enabled()
+    return [
+        {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": cached,
+        }
+        for kind in kinds
+    ]
+
+
+@contextmanager
+def autocast_as(state: list[dict[str, Any]]) -> Generator[None]:
+    with ExitStack() as stack:
+        for settings in state:
+            stack.enter_context(torch.autocast(**settings))
+        yield
+
+
+def kept(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Values to compare with, in the storage of `tensors`."""
+    plain = [unwrapped(tensor.detach()) for tensor in tensors]
+    return [(tensor, tensor._version) for tensor in plain]
+
+
+def check_repeats(
+    before: Sequence[tuple[Tensor, int]], again: Sequence[Tensor], start: Sequence[Tensor | None], instead: str
+) -> None:
+    """An error where results are not those of the first run: their derivative would be another function's.
+
+    `start` is what each result was made of, if that has its shape: the difference is what a step has to repeat.
+    """
+    for index, ((old, version), new, origin) in enumerate(zip(before, again, start, strict=True)):
+        new = unwrapped(new.detach())
+        origin = None if origin is None else unwrapped(origin.detach())
+        if old.shape != new.shape or old._version != version:  # seen through other transforms, or changed since
+            continue
+        if not bool(_close(old, new, origin if origin is not None and origin.shape == old.shape else None)):
+            raise CheckpointError(
+                f"an inner step has other results when it is computed again (result {index} of shape "
+                f"{tuple(old.shape)}): something that it reads has changed since, or it draws random numbers from a "
+                f"generator of its own; pass what changes in `batch` or `carry`, or {instead}"
+            )
+
+
+def _close(old: Tensor, new: Tensor, origin: Tensor | None) -> Tensor:
+    eps = torch.finfo(old.dtype).eps
+    apart = (old - new).abs()
+    made = old.abs() if origin is None else (old - origin).abs()
+    same = (apart <= eps**0.5 * made.nan_to_num().amax() + 64 * eps * old.abs()) if old.numel() else apart == 0
+    return (same | (old == new) | (old.isnan() & new.isnan())).all()
