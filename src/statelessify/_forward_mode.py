@@ -104,9 +104,9 @@ class _Tangents:
         if len(self.directions) > self._limit:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.sources.values())
             raise HyperparameterError(
-                f"`ForwardMode()` takes one more pass for each number that needs a gradient, and {len(self.directions)} "
-                f"do (tensors of shapes {shapes}); detach those that need no meta-gradient (often the initial "
-                "parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
+                f"`ForwardMode()` takes one more pass for each number that needs a gradient, and "
+                f"{len(self.directions)} do (tensors of shapes {shapes}); detach those that need no "
+                "meta-gradient (often the initial parameters), write `Unroll()`, or `ForwardMode(max_directions=...)`"
             )
 
     def step(self, loop: Loop, state: State, batch: Any, random: list[Tensor]) -> list[Tensor]:

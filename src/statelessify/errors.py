@@ -12,6 +12,7 @@
      ├── LateUseError (RuntimeError)             a module's tensor, used outside the call it was passed to
      ├── CheckpointError (RuntimeError)          activation checkpointing where torch would lose a derivative
      ├── DerivativeError (RuntimeError)          an operation that lacks the derivative which is asked for
+     ├── ConvergenceError (ArithmeticError)      a linear system that has no solution, or whose solve has not arrived
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "ConvergenceError",
     "DerivativeError",
     "DtypeError",
     "FastWeightsError",
@@ -47,6 +49,7 @@ __all__ = [
     "RandomnessError",
     "ShapeError",
     "StatelessifyError",
+    "StationaryPointWarning",
     "TaskError",
     "TreeError",
     "VmapError",
