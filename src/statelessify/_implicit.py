@@ -20,7 +20,7 @@ from ._task_trees import Tasks
 from ._transforms import unwrapped
 from ._values import Values
 from .errors import DerivativeError, StationaryPointWarning
-from .implicit._root import Solve, at_root
+from .implicit._pullback import Solve, at_root
 from .optim import OptState
 from .optim._hyperparameters import has, is_nonzero
 
@@ -34,7 +34,7 @@ DECAYS = ("weight_decay", "lambd")  # by which an optimizer moves the point at w
 class Implicit:
     """Differentiate the minimum that the inner loop has reached: memory and time do not depend on the steps.
 
-    Where the gradient of the loss is zero, ``dx = -H^-1 (d grad / d theta) dtheta`` with the Hessian `H` of the loss. It
+    Where the gradient of the loss is zero, ``dx = -H^-1 (d grad / d theta) dtheta`` with the loss's Hessian `H`. It
     reaches all that the loss reads at the last parameters, with the last step's batch: from the batch, the carry, or
     its closure. The starting point is reached only where the loss reads it (iMAML's proximal term), hyperparameters
     and the optimizer's state never. `Adapted.losses` are values.
