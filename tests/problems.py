@@ -152,3 +152,18 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(x).flatten(1)
+
+
+# Linear systems ----------------------------------------------------------------------------------------------------
+
+
+def positive(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Hermitian matrices with eigenvalues between 1/4 and 3/2, for which all solves converge."""
+    size = shape[-1]
+    q = torch.linalg.qr(torch.randn(*shape, size, dtype=dtype))[0]
+    values = 0.25 + 1.25 * torch.rand(*shape, dtype=torch.float64)
+    return (q * values[..., None, :].to(q.dtype)) @ q.mH
+
+
+def times(matrix: Tensor) -> Callable[[Any], Any]:
+    return lambda x: matrix @ x

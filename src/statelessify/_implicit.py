@@ -21,7 +21,7 @@ from ._task_trees import Tasks
 from ._transforms import unwrapped
 from ._values import Values
 from .errors import DerivativeError, StationaryPointWarning
-from .implicit._root import Solve, at_root
+from .implicit._pullback import Solve, at_root
 from .optim import OptState
 from .optim._hyperparameters import has, is_nonzero
 

@@ -13,6 +13,7 @@
      ├── CheckpointError (RuntimeError)          activation checkpointing where torch would lose a derivative
      ├── CompileError (RuntimeError)             a step that cannot be compiled, or not without changing its numbers
      ├── DerivativeError (RuntimeError)          an operation that lacks the derivative which is asked for
+     ├── ConvergenceError (ArithmeticError)      a linear system that has no solution, or whose solve has not arrived
      ├── TaskError (ValueError)                  tasks that do not line up
      │    ├── VmapError (also RuntimeError)      ``backend="vmap"`` where torch has no batching rule
      │    └── RandomnessError (also RuntimeError)  random numbers under ``randomness="error"``
