@@ -155,10 +155,9 @@ def with_adapt(gradient: Any) -> Callable[[Problem], Run]:
 
 EXACT: dict[str, Callable[[Problem], Run]] = {"higher": with_higher, "Unroll()": with_adapt(Unroll())}
 CHECKPOINTED: list[str] = []
-if "checkpoint_every" in Unroll.__dataclass_fields__:  # TODO(merge): a condition that always holds then
-    for every in (1, 5, "auto"):
-        CHECKPOINTED.append(f"checkpoint_every={every!r}")
-        EXACT[CHECKPOINTED[-1]] = with_adapt(Unroll(checkpoint_every=every))
+for every in (1, 5, "auto"):
+    CHECKPOINTED.append(f"checkpoint_every={every!r}")
+    EXACT[CHECKPOINTED[-1]] = with_adapt(Unroll(checkpoint_every=every))
 CONTENDERS = EXACT | {"FirstOrder()": with_adapt(FirstOrder())}
 
 

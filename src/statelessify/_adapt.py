@@ -62,7 +62,7 @@ def adapt(
             parameters (detached), called exactly once for each step, in order.
         optimizer: what `optim.sgd` and its like return.
         steps: how many updates; none is fine.
-        gradient: how the meta-gradient is obtained: `Unroll()`, `FirstOrder()`.
+        gradient: how the meta-gradient is obtained: `Unroll()`, `FirstOrder()`, `Implicit()`, `ForwardMode()`.
         opt_state: the state to start from; None means ``optimizer.init(params)``.
         carry: a tree that goes from step to step through the loss: buffers, a hidden state.
         grad_transform: gradients in, gradients out (clipping), before each update.
@@ -160,7 +160,7 @@ def check_loop(optimizer: Any, steps: Any, gradient: Any) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise HyperparameterError(f"`steps={steps!r}` is not a number of steps; write an integer, 0 or more")
     if isinstance(gradient, type) or not hasattr(gradient, "run"):
-        raise HyperparameterError(f"`gradient={gradient!r}` is not a mode; write `Unroll()` or `FirstOrder()`")
+        raise HyperparameterError(f"`gradient={gradient!r}` is not a mode; write `Unroll()` or another one")
     gradient.check(steps)
 
 

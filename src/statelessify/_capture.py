@@ -149,7 +149,7 @@ def _swapped(tensors: Mapping[int, Tensor], arg: Any) -> Any:
         new = [_swapped(tensors, item) for item in old]
         if all(a is b for a, b in zip(new, old, strict=True)):
             return arg  # pyright: ignore[reportUnknownVariableType]
-        kind: Any = type(cast("Any", arg))
+        kind = cast("Any", type(cast("Any", arg)))
         return kind(*new) if hasattr(kind, "_fields") else kind(new)
     if isinstance(arg, dict):
         return {key: _swapped(tensors, item) for key, item in cast("dict[Any, Any]", arg).items()}
