@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from ._capture import following
 from ._effects import Grads, check_grads, check_new_slots, grads_of, is_written, version_of
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
 from ._skeleton import Skeletons, Slots
@@ -91,7 +92,8 @@ class Apply:
         kwargs: dict[str, Any],
     ) -> tuple[Any, Buffers]:
         inside = transforming()
-        with torch._C.DisableTorchFunction():  # no mode around the call needs to see these, and each look takes time
+        # No mode around the call needs to see these, save those that follow a tensor, and each look takes time.
+        with torch._C.DisableTorchFunctionSubclass() if following() else torch._C.DisableTorchFunction():
             installed = self._installed(given, (args, kwargs))
             versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
@@ -158,7 +160,8 @@ class Apply:
         """Another name for a tensor, by which it is known as a parameter, with what hangs on the module's own."""
         if type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
             return tensor
-        named = tensor.as_subclass(Tensor)  # not `view_as`, whose backward refuses sparse gradients
+        # Not `view_as`, whose backward refuses sparse gradients; no mode sees `as_subclass`.
+        named = torch.ops.aten.alias(tensor) if following() else tensor.as_subclass(Tensor)
         for key, value in {**self._attributes.get(name, {}), "_is_param": True}.items():
             setattr(named, key, value)
         return named
