@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from ._capture import followed, following
 from ._effects import (
     Grads,
     Versions,
@@ -76,6 +77,8 @@ class Apply:
         if torch.compiler.is_compiling():
             return self._traced(params, buffers, args, kwargs)
         if torch._C._len_torch_function_stack():
+            if following():
+                params, buffers = followed(params), followed(buffers)
             with torch._C.DisableTorchFunction():  # no mode needs to see these, and each look takes time
                 given, tensors = self._gather(params, buffers)
         else:

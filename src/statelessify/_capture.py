@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ._graph import nodes
 from ._transforms import depth, levels
@@ -128,6 +128,22 @@ class Replaced(TorchFunctionMode):
                     "functions (an `autograd.Function` that is applied to a closed-over tensor, compiled code): its "
                     "gradient cannot be recomputed; pass the tensor in `batch`, or write `gradient=Unroll()`"
                 )
+
+
+def following() -> bool:
+    """Whether tensors are noted or replaced here, which then have to meet functions that are seen."""
+    return any(isinstance(mode, (Captures, Replaced)) for mode in _get_current_function_mode_stack())
+
+
+def followed(tensors: Mapping[str, Tensor]) -> Any:
+    """The tensors under other names, which those modes have seen made; not `view_as`, that refuses sparse gradients."""
+    if not isinstance(tensors, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return tensors  # for an error that says what it is
+    return {name: torch.ops.aten.alias(t) if _may_need(t) else t for name, t in tensors.items()}
+
+
+def _may_need(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and (tensor.requires_grad or is_functorch_wrapped_tensor(tensor))
 
 
 def _each(call: Callable[[Tensor], None], arg: Any) -> None:

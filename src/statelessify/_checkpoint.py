@@ -95,7 +95,11 @@ class _Block:
         def of(part: Split) -> Any:
             return part.joined([new[id(tensor)] for tensor in part.tensors])
 
-        state, values = of(self.begin), list[Tensor]()
+        # Each on its own, as `apart` makes the first ones: two may be one tensor, or what the loss reads besides.
+        own = [new[id(tensor)] for tensor in self.begin.tensors]
+        if not transforming():
+            own = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in own]
+        state, values = self.begin.joined(own), list[Tensor]()
         replaced = Replaced(new)
         with replaced, autocast_as(self.autocast):
             for batch, random in zip(self.batches, self.random, strict=True):
