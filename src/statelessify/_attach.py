@@ -80,13 +80,18 @@ def vjp(fn: Function, inputs: Tensors, wanted: Sequence[bool], once: bool = Fals
     if transforming():
         chosen = [index for index, w in enumerate(wanted) if w]
 
-        def of_chosen(*some: Tensor) -> list[Tensor]:
+        def of_chosen(*some: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             every = list(inputs)
             for index, tensor in zip(chosen, some, strict=True):
                 every[index] = tensor
-            return fn(every)
+            out = fn(every)
+            if torch.compiler.is_compiling():
+                return out, out
+            # What depends on tensors of an outer level alone may seem to need a gradient here, and torch fails on it.
+            reached = [o if o.grad_fn is not None or any(o is t for t in some) else o.detach() for o in out]
+            return reached, out
 
-        out, pull, *_ = torch.func.vjp(of_chosen, *(inputs[index] for index in chosen))
+        _, pull, out = torch.func.vjp(of_chosen, *(inputs[index] for index in chosen), has_aux=True)
         return out, lambda cotangents: list(pull(cotangents))
     create = torch.is_grad_enabled()
     with torch.enable_grad():

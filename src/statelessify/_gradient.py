@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._graph import gradients_of, is_once_differentiable, nodes
 from ._transforms import transforming
-from ._tree import tree_detach, tree_flatten, tree_leaves, tree_names, tree_unflatten
+from ._tree import tree_detach, tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from .errors import DerivativeError
 from .rules._registry import rules, rules_here
 
@@ -115,7 +115,8 @@ def _eager(
             found = (None,) * len(inputs)
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
     if not recording:
-        aux = tree_detach(aux)
+        # A carry that the loss hands on as it is stays the same tensor, by which it is known.
+        aux = tree_map(lambda t: t.detach() if isinstance(t, Tensor) and t.requires_grad else t, aux)
     return values if create else values.detach(), aux, tree_unflatten(spec, grads)
 
 

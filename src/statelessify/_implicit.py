@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import implicit
-from ._attach import detached
+from ._attach import detached, vjp
 from ._loop import Loop, State, unrolled
 from ._lost import warn_of_lost
 from ._random import drawn_from, random_state
@@ -24,6 +24,7 @@ from .errors import DerivativeError, StationaryPointWarning
 from .implicit._pullback import Solve, at_root
 from .optim import OptState
 from .optim._hyperparameters import has, is_nonzero
+from .rules._registry import rules_here
 
 __all__ = ["Implicit"]
 
@@ -119,11 +120,30 @@ class _Gradient:
 
         def of_tensors(tensors: list[Tensor]) -> list[Tensor]:
             grads = self(tensors[:count], tensors[count:])
-            return [torch.stack([grad.abs().double().square().sum() for grad in grads]).sum().sqrt()]
+            return [_square(grads).sqrt()]
 
         with torch.no_grad():
             tensors = detached([*self.params.tensors, *self.rest.tensors])
             return self.loop.lift(of_tensors, [*[True] * count, *self.mapped])(tensors)[0]
+
+    def distance(self) -> Tensor:
+        """How far along the gradient it vanishes, by its derivative there: infinite where that is zero."""
+        count = len(self.params.tensors)
+
+        def of_tensors(tensors: list[Tensor]) -> list[Tensor]:
+            wanted = [True] * count + [False] * (len(tensors) - count)
+            grads, pull = vjp(lambda each: self(each[:count], each[count:]), tensors, wanted)
+            grads = detached(grads)
+            changes = detached(pull(grads))
+            return [_square(grads) / _square(changes).sqrt()]
+
+        with torch.no_grad(), rules_here():
+            tensors = detached([*self.params.tensors, *self.rest.tensors])
+            return self.loop.lift(of_tensors, [*[True] * count, *self.mapped])(tensors)[0]
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.abs().double().square().sum() for tensor in tensors]).sum()
 
 
 def _refuse_other_points(loop: Loop, state: State) -> None:
@@ -147,15 +167,21 @@ def _refuse_other_points(loop: Loop, state: State) -> None:
 
 
 def _warn_if_moving(last: _Gradient, first: _Gradient, source: Callable[..., Any]) -> None:
+    if not last.params.tensors:
+        return
     now, before = unwrapped(last.norm()), unwrapped(first.norm())
-    size = max((float(unwrapped(t.detach()).abs().max()) for t in last.params.tensors if t.numel()), default=0.0)
-    floor = torch.finfo(last.params.tensors[0].dtype).eps ** 0.5 * (1 + size) if last.params.tensors else 0.0
-    moving = (now > STATIONARY * before) & (now > floor) | ~now.isfinite()
+    moving = (now > STATIONARY * before) | ~now.isfinite()
     key = getattr(source, "__code__", id(source))
     if key in _warned or not bool(moving.any()):
         return
+    # A run that has begun at the minimum makes no progress either: it is there up to rounding, in any unit of the loss.
+    size = max((float(unwrapped(t.detach()).abs().max()) for t in last.params.tensors if t.numel()), default=0.0)
+    floor = torch.finfo(last.params.tensors[0].dtype).eps ** 0.5 * (1 + size)
+    moving &= (now != 0) & ~(unwrapped(last.distance()) <= floor)
+    if not bool(moving.any()):
+        return
     _warned.add(key)
-    ratio = float((now / before).max())
+    ratio = float((now / before)[moving].max())
     warnings.warn(
         f"`Implicit()` takes the last parameters for a stationary point of the loss, and the gradient's norm there is "
         f"still {ratio:.1e} times that at the start: the meta-gradient is then wrong by about as much; take more steps "

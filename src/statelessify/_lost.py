@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ def warn_of_lost(
         seen.add(node)
         if hasattr(node, "variable"):
             seen.add(id(node.variable))
-    lost = [n for n, t in candidates.items() if t.requires_grad and (t.grad_fn or id(t)) not in seen]
+    lost = [n for n, t in candidates.items() if t.requires_grad and not any(each in seen for each in _places(t))]
     if not lost:
         return
     _warned.add(key)
@@ -55,3 +55,12 @@ def warn_of_lost(
         "needs none to silence this",
         stacklevel=6,
     )
+
+
+def _places(tensor: Tensor) -> Iterator[Any]:
+    """Where in a graph a tensor can stand: the loop's copies of a parameter are views of it, and it may be read too."""
+    node: Any = tensor.grad_fn
+    yield node or id(tensor)
+    while type(node).__name__ in ("ViewBackward0", "ExpandBackward0"):
+        node = node.next_functions[0][0]
+        yield node

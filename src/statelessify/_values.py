@@ -20,6 +20,9 @@ from .rules._registry import rules
 __all__: list[str] = []
 
 
+EARLIER = " of an earlier step"
+
+
 class Values:
     """The state of an inner loop whose steps are constants; what a step hands on unchanged stays in its graph.
 
@@ -58,10 +61,18 @@ class Values:
         for index in indices:
             batch = loop.batch_at(index, self.state)
             if not self.batches or batch is not self.batches[-1]:
-                self._candidates |= needing(batch=batch)
+                self._candidates = self._earlier() | needing(batch=batch)
                 self.batches = [*self.batches[:1], batch]
             losses.append(self.step(loop.step, batch))
         return losses
+
+    def _earlier(self) -> dict[str, Tensor]:
+        """The candidates, in which those of an earlier step's batch are called so."""
+        first: dict[str, Tensor] = {}
+        for name, tensor in self._candidates.items():
+            of_batch = name.split(".")[0] == "batch" and not name.endswith(EARLIER)
+            first.setdefault(name + EARLIER if of_batch else name, tensor)
+        return first
 
     def handed_on(self, tensor: Tensor) -> Tensor | None:
         """The tensor of the first state that this one is, if no step has made another of it."""

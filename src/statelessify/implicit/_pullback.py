@@ -12,7 +12,7 @@ from torch import Tensor
 from .._attach import Function, Tensors, attach, detached, vjp
 from .._capture import Captures, Replaced
 from .._tree import TreeSpec, tree_flatten, tree_unflatten
-from ..errors import TreeError
+from ..errors import ShapeError, TreeError
 from ..rules._registry import rules_here
 from ..typing import Tree
 
@@ -114,6 +114,7 @@ class Root:
             leaves, spec = tree_flatten(self.solve(matvec, tree_unflatten(self.spec, b)))
             if spec != self.spec:
                 raise TreeError(f"`solve` returned {spec}, another structure than its right-hand side's {self.spec}")
+            require_shapes("`solve` returned", leaves, b)
             return leaves
 
         return self.lift(of_one, [*self.mapped, *[True] * count])(tensors)
@@ -129,3 +130,9 @@ class Root:
 
         flags = [True] * count + self.mapped + [True] * count
         return replace(self, fn=condition, mapped=flags)
+
+
+def require_shapes(what: str, found: Tensors, likes: Tensors) -> None:
+    for tensor, like in zip(found, likes, strict=True):
+        if tensor.shape != like.shape:
+            raise ShapeError(f"{what} a tensor of shape {tuple(tensor.shape)} in place of one of {tuple(like.shape)}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .._attach import detached
 from .._split import split
-from .._tree import tree_flatten, tree_unflatten
+from .._tree import require_floating, tree_flatten, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
-from ._pullback import Solve, at_root
+from ._pullback import Solve, at_root, require_shapes
 from ._solve import cg
 
 __all__ = ["custom_root"]
@@ -40,7 +40,8 @@ def custom_root(
 
     Raises:
         ConvergenceError: in the backward pass, where the linear system cannot be solved.
-        TreeError: `optimality` returns another structure than the solution's.
+        TreeError, ShapeError: `optimality` returns another structure, or other shapes, than the solution's.
+        DtypeError: the solution has a leaf that is not a floating-point tensor.
 
     Source: Blondel et al., Efficient and modular implicit differentiation (NeurIPS 2022).
 
@@ -61,13 +62,16 @@ def custom_root(
             given = split((init, args))
             with torch.no_grad():
                 init, constants = given.joined(detached(given.tensors))
-                found, spec = tree_flatten(solver(init, *constants))
+                result = solver(init, *constants)
+            require_floating(result, "the solver's result")
+            found, spec = tree_flatten(result)
             arguments = split(args)
 
             def condition(solution: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
                 out, other = tree_flatten(optimality(tree_unflatten(spec, solution), *arguments.joined(tensors)))
                 if other != spec:
                     raise TreeError(f"`optimality` returned {other}, another structure than the solution's {spec}")
+                require_shapes("`optimality` returned", out, solution)
                 return out
 
             return tree_unflatten(spec, at_root(condition, found, arguments.tensors, solve, spec))
