@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import (
+    TransformType,
     _add_batch_dim,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
 from torch._functorch.pyfunctorch import JvpInterpreter, VmapInterpreter, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
@@ -31,6 +34,24 @@ def in_transform() -> bool:
     if forward_ad._current_level >= 0:
         return True
     return peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def level_of_tasks() -> int | None:
+    """The level of vmap that is the innermost transform; None where there is none, or dynamo traces."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return None
+    top: Any = peek_interpreter_stack()
+    return top.level() if top is not None and top.key() == TransformType.Vmap else None
+
+
+class below(AbstractContextManager[None]):
+    """Operations of the level below the innermost transform, on what that holds."""
+
+    def __enter__(self) -> None:
+        self._level = pop_dynamic_layer_stack()
+
+    def __exit__(self, *error: Any) -> None:
+        push_dynamic_layer_stack(self._level)
 
 
 def unseen() -> AbstractContextManager[Any]:

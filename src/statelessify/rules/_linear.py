@@ -6,20 +6,12 @@ where the number of nodes is what costs time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import (
-    TransformType,
-    _add_batch_dim,
-    _unwrap_batched,
-    peek_interpreter_stack,
-    pop_dynamic_layer_stack,
-    push_dynamic_layer_stack,
-)
+from torch._C._functorch import _add_batch_dim, _unwrap_batched
 
+from .._transforms import below, level_of_tasks
 from ._registry import quicker
 
 __all__: list[str] = []
@@ -27,8 +19,8 @@ __all__: list[str] = []
 
 @quicker(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    level = _level_of_tasks()
-    if level is None:
+    level = level_of_tasks()
+    if level is None or torch._C._is_any_autocast_enabled():  # which chooses dtypes
         return F.linear(input, weight, bias)
     x, x_dim = _unwrap_batched(input, level)
     w, w_dim = _unwrap_batched(weight, level)
@@ -36,8 +28,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     vectors = b is None or b.ndim == (1 if b_dim is None else 2)
     if w_dim is None or w.ndim != 3 or not vectors or x.ndim == (x_dim is not None):
         return F.linear(input, weight, bias)
-    saved = pop_dynamic_layer_stack()  # what follows is an operation of the level below, on all tasks at once
-    try:
+    with below():  # on all tasks at once
         if w_dim:
             w = w.movedim(w_dim, 0)
         if x_dim:
@@ -48,17 +39,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
             out = _on_rows(x, x_dim is None, w, b)
         else:
             out = torch.bmm(x, w.mT) if b is None else torch.baddbmm(b, x, w.mT)
-    finally:
-        push_dynamic_layer_stack(saved)
     return _add_batch_dim(out, 0, level)
-
-
-def _level_of_tasks() -> int | None:
-    """The level of vmap that is the innermost transform; None where there is none, or where dtypes are chosen."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return None
-    top: Any = peek_interpreter_stack()
-    return top.level() if top is not None and top.key() == TransformType.Vmap else None
 
 
 def _on_rows(x: Tensor, shared: bool, w: Tensor, b: Tensor | None) -> Tensor:

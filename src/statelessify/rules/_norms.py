@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._registry import rule
+from ._standardized import standardized
 
 __all__: list[str] = []
 
@@ -31,14 +32,6 @@ def _accumulate(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _standardize(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x - mean) / sqrt(var + eps)`` over `dims`, with mean and biased variance (kept dimensions)."""
-    mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    var = (centred * centred).mean(dims, keepdim=True)
-    return centred * torch.rsqrt(var + eps), mean, var
-
-
 @_norm(F.layer_norm, torch.layer_norm)
 def _layer_norm(
     input: Tensor,
@@ -51,11 +44,7 @@ def _layer_norm(
     if tuple(input.shape[input.ndim - len(normalized_shape) :]) != tuple(normalized_shape):
         raise RuntimeError(f"layer_norm over {list(normalized_shape)} does not fit an input of {list(input.shape)}")
     dims = list(range(-len(normalized_shape), 0))
-    out, _, _ = _standardize(_accumulate(input), dims, eps)
-    if weight is not None:
-        out = out * weight
-    if bias is not None:
-        out = out + bias
+    out, _, _ = standardized(_accumulate(input), dims, eps, weight, bias)
     return out.to(input.dtype)
 
 
@@ -95,15 +84,15 @@ def _batch_norm(
         if mean is None or var is None:
             raise ValueError("batch_norm in evaluation mode needs `running_mean` and `running_var`")
         return _affine((x - mean) * torch.rsqrt(var + eps), weight, bias, input.dtype)
-    dims = [0, *range(2, x.ndim)]
+    dims = [-x.ndim, *range(2 - x.ndim, 0)]
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"batch_norm in training mode needs more than one value per channel, not {list(x.shape)}")
-    out, mean, var = _standardize(x, dims, eps)
+    out, mean, var = standardized(x, dims, eps, _per_channel(weight, x), _per_channel(bias, x))
     if count:  # of nothing there are no statistics
         _track(running_mean, mean.flatten(), momentum)
         _track(running_var, var.flatten() * (count / (count - 1)), momentum)
-    return _affine(out, weight, bias, input.dtype)
+    return out.to(input.dtype)
 
 
 @_norm(F.instance_norm)
@@ -120,15 +109,15 @@ def _instance_norm(
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     x = _accumulate(input)
-    dims = list(range(2, x.ndim))
+    dims = list(range(2 - x.ndim, 0))
     count = x.shape[2:].numel()
     if count == 1:
         raise ValueError(f"instance_norm needs more than one spatial element, not an input of {list(x.shape)}")
-    out, mean, var = _standardize(x, dims, eps)
+    out, mean, var = standardized(x, dims, eps, _per_channel(weight, x), _per_channel(bias, x))
     if count:
         _track(running_mean, mean.flatten(1).mean(0), momentum)
         _track(running_var, var.flatten(1).mean(0) * (count / (count - 1)), momentum)
-    return _affine(out, weight, bias, input.dtype)
+    return out.to(input.dtype)
 
 
 @_norm(torch.native_layer_norm)
@@ -136,7 +125,7 @@ def _native_layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(-len(normalized_shape), 0))
-    _, mean, var = _standardize(_accumulate(input), dims, eps)
+    _, mean, var = standardized(_accumulate(input), dims, eps)
     return _layer_norm(input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(var + eps)
 
 
@@ -154,7 +143,7 @@ def _native_batch_norm(
     out = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return out, input.new_empty(0), input.new_empty(0)
-    _, mean, var = _standardize(_accumulate(input), [0, *range(2, input.ndim)], eps)
+    _, mean, var = standardized(_accumulate(input), [-input.ndim, *range(2 - input.ndim, 0)], eps)
     return out, mean.flatten(), torch.rsqrt(var + eps).flatten()
 
 
