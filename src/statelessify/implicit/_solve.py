@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -176,14 +176,15 @@ def dense(matvec: Matvec, b: Tree, *, ridge: float | Tensor = 0.0) -> Tree:
     scaled = matrix / rows[:, None]
     scales = _powers(scaled.detach(), 0)
     scaled = scaled / scales
-    inverse = torch.linalg.inv_ex(scaled.detach())[0]
-    condition = torch.linalg.matrix_norm(scaled.detach(), 1) * torch.linalg.matrix_norm(inverse, 1)
+    linalg: Any = torch.linalg  # half of it is untyped
+    inverse = linalg.inv_ex(scaled.detach())[0]
+    condition = linalg.matrix_norm(scaled.detach(), 1) * linalg.matrix_norm(inverse, 1)
     if _any(~(condition * size * system.eps < 1)):
         raise ConvergenceError(
             "`dense` met a singular matrix: the solution is not determined there; put a proximal or a decay term in "
             "the loss, or add `ridge=`"
         )
-    return system.unscaled(torch.linalg.solve_ex(scaled, system.b / rows)[0] / scales)
+    return system.unscaled(linalg.solve_ex(scaled, system.b / rows)[0] / scales)
 
 
 class _System:
@@ -225,7 +226,9 @@ class _System:
         return self.tree(x * self._scale)
 
     def tree(self, vector: Tensor) -> Tree:
-        parts = vector.split([like.numel() * (2 if like.is_complex() else 1) for like in self._likes])
+        parts = cast(
+            "tuple[Tensor, ...]", vector.split([like.numel() * (2 if like.is_complex() else 1) for like in self._likes])
+        )
         return tree_unflatten(self._spec, [_shaped(*pair) for pair in zip(parts, self._likes, strict=True)])
 
     def product(self, vector: Tensor) -> Tensor:
