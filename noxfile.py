@@ -60,7 +60,7 @@ def types(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Run the examples with small settings and say where their pictures are; arguments replace `--fast`."""
     install_project(session, ".[examples]")
-    for program in ("sinusoid", "few_shot", "learned_optimizer"):
+    for program in ("sinusoid", "few_shot", "learned_optimizer", "implicit"):
         session.run("python", f"examples/{program}.py", *(session.posargs or ["--fast"]), env=HEADLESS)
     for picture in sorted(Path("pictures").glob("*.png")):
         session.log(f"picture: {picture.resolve()}")

@@ -39,6 +39,17 @@ def test_sinusoid_learns_to_learn(method: str, tmp_path: Path) -> None:
     assert [picture.suffix for picture in tmp_path.iterdir()] == [".png"]
 
 
+def test_implicit_learns_strengths_and_initial_weights(tmp_path: Path) -> None:
+    out = run("implicit", tmp_path)
+    common, learned = re.findall(r"^(?:best common|learned ) .*?(\d\.\d{3})\s+(\d\.\d{3})$", out, re.MULTILINE)
+    assert float(learned[0]) < float(common[0])  # on validation data; and on test data:
+    assert float(learned[1]) < float(common[1])
+    table = [float(value) for value in re.findall(r"^\s+\d+   (\d+\.\d+)$", out, re.MULTILINE)]
+    assert len(table) == 11
+    assert table[-1] < table[0] / 2
+    assert [picture.suffix for picture in tmp_path.iterdir()] == [".png"]
+
+
 def test_few_shot_on_the_bundled_digits(tmp_path: Path) -> None:
     out = run("few_shot", tmp_path, "--meta-steps", "30", "--test-tasks", "40")
     table = rows(out)

@@ -91,7 +91,8 @@ def vjp(fn: Function, inputs: Tensors, wanted: Sequence[bool], once: bool = Fals
             reached = [o if o.grad_fn is not None or any(o is t for t in some) else o.detach() for o in out]
             return reached, out
 
-        _, pull, out = torch.func.vjp(of_chosen, *(inputs[index] for index in chosen), has_aux=True)
+        found: Any = torch.func.vjp(of_chosen, *(inputs[index] for index in chosen), has_aux=True)
+        _, pull, out = found
         return out, lambda cotangents: list(pull(cotangents))
     create = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -116,8 +116,12 @@ def _eager(
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
     if not recording:
         # A carry that the loss hands on as it is stays the same tensor, by which it is known.
-        aux = tree_map(lambda t: t.detach() if isinstance(t, Tensor) and t.requires_grad else t, aux)
+        aux = tree_map(_without_graph, aux)
     return values if create else values.detach(), aux, tree_unflatten(spec, grads)
+
+
+def _without_graph(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _functional(
