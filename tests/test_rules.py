@@ -318,6 +318,7 @@ def test_a_mode_that_others_may_share_is_never_raised() -> None:
     assert watched.when == "always"
 
 
+@pytest.mark.usefixtures("registry")
 def test_the_rules_of_both_occasions_hold_inside_inner_steps() -> None:
     calls: list[str] = []
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from statelessify import over_tasks
+from statelessify.rules import rule
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -151,8 +152,7 @@ def test_odd_shapes_are_what_they_are_in_a_loop(shapes: Any) -> None:
         assert isinstance(mapped, Exception) if isinstance(loop, Exception) else close(mapped, loop) is None
 
 
+@pytest.mark.usefixtures("registry")
 def test_a_rule_of_the_user_replaces_it() -> None:
-    from statelessify.rules import rule
-
     rule(F.linear, why="a test")(lambda x, w, b=None: x.sum() + 7)
     assert over_tasks(F.linear, in_dims=0, backend="vmap")(torch.ones(2, 3), torch.ones(2, 1, 3)).tolist() == [10, 10]
