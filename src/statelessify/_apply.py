@@ -95,6 +95,7 @@ class Apply:
         # No mode around the call needs to see these, save those that follow a tensor, and each look takes time.
         with torch._C.DisableTorchFunctionSubclass() if following() else torch._C.DisableTorchFunction():
             installed = self._installed(given, (args, kwargs))
+        with torch._C.DisableTorchFunction():
             versions = {name: version_of(tensor) for name, tensor in installed.items()}
         grads: Grads = {} if self._probed else grads_of(given)
         skeleton = self._skeletons.take()
