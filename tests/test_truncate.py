@@ -155,7 +155,6 @@ def test_more_than_the_steps_is_an_error() -> None:
 # What is lost is named ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("default")
 def test_what_early_steps_alone_read_is_named_once() -> None:
     w, early = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
     momentum, closed = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
@@ -188,7 +187,6 @@ def test_what_early_steps_alone_read_is_named_once() -> None:
 READS = ["z", "z.detach()", "z.data", "torch.ones(z.shape)", "z.size(0)", "torch.ones_like(z)", "len(z)", "z.ndim"]
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("every", [None, 1])
 def test_nothing_is_named_that_is_reached_or_needs_no_gradient(read: str, every: Any) -> None:
@@ -198,7 +196,9 @@ def test_nothing_is_named_that_is_reached_or_needs_no_gradient(read: str, every:
         torch.tensor(0.1, requires_grad=True),
     )
     value = eval(f"lambda z: {read}", {"torch": torch})
-    of(lambda p, b: quartic(p * value(z), b * z.detach()), w, w, Unroll(every, truncate=1), lr=lr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of(lambda p, b: quartic(p * value(z), b * z.detach()), w, w, Unroll(every, truncate=1), lr=lr)
 
 
 def test_nothing_is_recorded_without_gradients() -> None:
