@@ -175,7 +175,7 @@ def test_what_early_steps_alone_read_is_named_once() -> None:
         adapt(loss, w, batch_at, **options)
     text = str(caught[0].message)
     assert "`opt_state." in text
-    assert "`batch`" in text
+    assert "`batch of an earlier step`" in text
     assert "closed-over" in text
     assert "`params" not in text
     calls.clear()

@@ -37,7 +37,8 @@ def _deep_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py",
 )
 def _requires_grad(tensor: Tensor, *kind: Any) -> bool:
-    return any(seen.requires_grad for seen in levels(tensor))
+    with torch._C.DisableTorchFunction():  # a look: modes that follow tensors would see one at each level
+        return any(seen.requires_grad for seen in levels(tensor))
 
 
 @rule(
