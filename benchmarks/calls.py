@@ -16,7 +16,6 @@ contender runs once, in random order, of the ratio within the round: a noisy mac
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import random
@@ -31,6 +30,7 @@ import higher
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from _report import Row, parser, report
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -42,6 +42,7 @@ OURS = ["statelessify, own", "statelessify, fast"]
 CONTENDERS = ["module", *OURS, "functional_call", "higher", "tensordict"]
 TARGET = 1.1
 """The most that a call of ours may take of the module's time."""
+HEADLINES = {"MLP": "a call of a 3-layer MLP with fast weights: `apply` / `module(x)`"}
 
 
 class Model(NamedTuple):
@@ -136,7 +137,6 @@ class Times(NamedTuple):
 
 def measure(name: str, rounds: int, bar: Any) -> Times:
     model = MODELS[name]
-    check(name, model)
     runs = contenders(model, torch.float32)
     for run in [*runs.values()] * 3:
         run()
@@ -158,17 +158,22 @@ def measure(name: str, rounds: int, bar: Any) -> Times:
     return Times({c: statistics.median(own) for c, own in times.items()}, ratios)
 
 
-def table_of(found: dict[str, Times], rounds: int) -> str:
-    lines = [
-        f"CPU time of a call as a multiple of `module(x)`, median of {rounds} rounds, one thread",
-        "| | module, us | " + " | ".join(CONTENDERS[1:]) + f" | target: at most {TARGET} |",
-        "|---" * (len(CONTENDERS) + 2) + "|",
+def rows_of(name: str, found: Times) -> list[Row]:
+    plain = {"module, us": f"{found.us['module']:.1f}"}
+    peers = {
+        contender: f"{found.ratios[contender]:.2f}" for contender in CONTENDERS if contender not in ("module", *OURS)
+    }
+    own, fast = (found.ratios[contender] for contender in OURS)
+    return [
+        Row(f"{name}, its own parameters: apply / module", own, most=TARGET, cells=plain),
+        Row(
+            f"{name}, fast weights: apply / module",
+            fast,
+            most=TARGET,
+            cells=plain | peers,
+            headline=HEADLINES.get(name, ""),
+        ),
     ]
-    for name, (us, ratios) in found.items():
-        cells = [f"{us['module']:.1f}", *(f"{ratios[c]:.2f}" for c in CONTENDERS[1:])]
-        met = all(ratios[c] <= TARGET for c in OURS)
-        lines.append(f"| {name} | " + " | ".join([*cells, "met" if met else "missed"]) + " |")
-    return "\n".join(lines)
 
 
 def draw(found: dict[str, Times], path: Path) -> None:
@@ -189,28 +194,33 @@ def draw(found: dict[str, Times], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="default: 500, or 30 with --fast")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--fast", action="store_true", help="a short run, to see it work")
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
-    rounds = args.rounds or (30 if args.fast else 500)
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, rounds=500)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    args = options.parse_args()
     warnings.filterwarnings("ignore", module="higher")
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     random.seed(0)
+    for name in args.models:
+        check(name, MODELS[name])
+    if args.check:
+        return
 
     found: dict[str, Times] = {}
-    with tqdm(total=rounds * len(args.models)) as bar:
+    with tqdm(total=args.rounds * len(args.models)) as bar:
         for name in args.models:
             bar.set_description(name)
-            found[name] = measure(name, rounds, bar)
-    table = table_of(found, rounds)
-    print(table)
-    (args.out / "calls.md").write_text(table + "\n")
-    draw(found, args.out / "calls.png")
-    print(f"picture: {args.out / 'calls.png'}")
+            found[name] = measure(name, args.rounds, bar)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "calls.png"
+    draw(found, picture)
+    report(
+        __file__,
+        "What does a call of `apply` cost?",
+        [row for name, times in found.items() for row in rows_of(name, times)],
+        out=args.out,
+        note=f"CPU times as a multiple of `module(x)`, medians of {args.rounds} rounds, {args.threads} thread(s).",
+        pictures=[picture],
+    )
 
 
 if __name__ == "__main__":

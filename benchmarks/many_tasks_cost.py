@@ -6,15 +6,16 @@ second one by much.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from many_tasks import LR, medians, milliseconds, sine, with_adapt_tasks
+from _report import Row, parser, report
+from many_tasks import LR, Question, check_agreement, in_rounds, milliseconds, sine, with_adapt_tasks
 from tqdm import tqdm
 
 from statelessify import adapt_tasks, optim
@@ -38,50 +39,77 @@ def of_each_step(tasks: int, steps: int, rounds: int) -> list[float]:
     return [statistics.median(column) for column in columns]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-
-    by_tasks = medians({str(n): partial(with_adapt_tasks, sine(n), 5) for n in TASKS}, args.rounds, "tasks")
-    problem = sine(25)
-    by_steps = medians({str(n): partial(with_adapt_tasks, problem, n) for n in STEPS}, args.rounds, "steps")
-    each = of_each_step(25, 100, args.rounds)
-    late = statistics.median(each[90:]) / statistics.median(each[1:11])
-
-    lines = [
-        "| what grows | number | ms | ms for each | against linear growth from the number before |",
-        "|---" * 5 + "|",
+def growth(words: str, found: dict[str, float]) -> list[Row]:
+    """The time for each against that of the number before: at most 1 where growth is at most linear."""
+    each = {name: ms / int(name) for name, ms in found.items()}
+    cells = {name: {"ms": f"{found[name]:.2f}", "ms for each": f"{each[name]:.3f}"} for name in found}
+    return [
+        Row(f"{words}, {after}: time for each / for each of {before}", each[after] / each[before], cells=cells[after])
+        for before, after in pairwise(found)
     ]
-    for words, found in (("tasks (5 steps)", by_tasks), ("steps (25 tasks)", by_steps)):
-        before: tuple[int, float] | None = None
-        for name, ms in found.items():
-            number = int(name)
-            ratio = "" if before is None else f"{ms / before[1] / (number / before[0]):.2f}"
-            lines.append(f"| {words} | {name} | {ms:.2f} | {ms / number:.3f} | {ratio} |")
-            before = number, ms
-    verdict = "reached" if late <= TARGET else "missed"
-    lines += ["", f"Inner steps 91 to 100 against 2 to 11: {late:.2f} times (target {TARGET}: {verdict})"]
-    table = "\n".join(lines)
-    print(table)
-    (args.out / "many_tasks_cost.md").write_text(table + "\n")
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+
+def check() -> None:
+    """Many steps at once are as many of one step each, in float64."""
+    problem = sine(3, torch.float64)
+    options: Any = {"optimizer": optim.sgd(lr=LR)}
+    at_once = adapt_tasks(problem.loss, problem.params, problem.support, steps=3, **options)
+    last = adapt_tasks(problem.loss, problem.params, problem.support, steps=1, **options)
+    for _ in range(2):
+        more: Any = {"in_dims": (0, 0), "opt_state": last.opt_state}
+        last = adapt_tasks(problem.loss, last.params, problem.support, steps=1, **options, **more)
+    for name, param in at_once.params.items():
+        torch.testing.assert_close(last.params[name], param, rtol=1e-10, atol=1e-10)
+    for count in (1, 4):
+        check_agreement(Question("sine MLP", sine, count, {}, {}))
+
+
+def draw(by_tasks: dict[str, float], by_steps: dict[str, float], each: list[float], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for ax, words, found in ((axes[0], "tasks (5 steps)", by_tasks), (axes[1], "steps (25 tasks)", by_steps)):
-        numbers = [int(name) for name in found]
-        ax.loglog(numbers, list(found.values()), "o-", label="adapt_tasks")
-        last = list(found.values())[-1]
-        ax.loglog(numbers, [last * n / numbers[-1] for n in numbers], "--", color="gray", label="linear")
+        numbers, times = [int(name) for name in found], list(found.values())
+        ax.loglog(numbers, times, "o-", label="adapt_tasks")
+        ax.loglog(numbers, [times[-1] * n / numbers[-1] for n in numbers], "--", color="gray", label="linear")
         ax.set(xlabel=words, ylabel="ms for one meta-gradient")
         ax.grid(True, which="both", alpha=0.2)
         ax.legend()
-    figure.savefig(args.out / "many_tasks_cost.png", dpi=150)
-    print(f"picture: {args.out / 'many_tasks_cost.png'}")
+    axes[2].plot(range(1, len(each) + 1), each, label="adapt_tasks")
+    axes[2].axhline(TARGET * statistics.median(each[1:11]), color="gray", linestyle="--", label="target")
+    axes[2].set(xlabel="inner step (25 tasks)", ylabel="ms of the step", ylim=(0, None))
+    axes[2].legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    args = parser(__doc__, rounds=9).parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    check()
+    if args.check:
+        return
+
+    by_tasks = in_rounds({str(n): partial(with_adapt_tasks, sine(n), 5) for n in TASKS}, args.rounds, "tasks")
+    problem = sine(25)
+    by_steps = in_rounds({str(n): partial(with_adapt_tasks, problem, n) for n in STEPS}, args.rounds, "steps")
+    each = of_each_step(25, 100, args.rounds)
+    late = statistics.median(each[90:]) / statistics.median(each[1:11])
+    linear = {
+        words: found[last] / found[first] / (int(last) / int(first))
+        for words, found in (("tasks", by_tasks), ("steps", by_steps))
+        for first, last in [(next(iter(found)), list(found)[-1])]
+    }
+    rows = [
+        Row("time for each of 256 tasks / of 1 task", linear["tasks"], most=1),
+        *growth("tasks (5 steps)", by_tasks),
+        Row("time for each of 100 steps / of 1 step", linear["steps"], most=1),
+        *growth("steps (25 tasks)", by_steps),
+        Row("inner steps 91 to 100 / 2 to 11", late, most=TARGET, headline="inner step 100 / step 2, time"),
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "many_tasks_cost.png"
+    draw(by_tasks, by_steps, each, picture)
+    note = f"Below 1: less than linear growth. Medians of {args.rounds} rounds; {args.threads} thread(s)."
+    report(__file__, "How does the cost grow with tasks and steps?", rows, out=args.out, note=note, pictures=[picture])
 
 
 if __name__ == "__main__":
