@@ -7,19 +7,17 @@ both contenders run once. ``--conv`` adds a convolutional network, which takes m
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from _report import Row, fresh, parser, report
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,6 +68,7 @@ def conv4(dtype: torch.dtype = torch.float32) -> Problem:
 
 
 PROBLEMS = {"sine": sine, "conv4": conv4}
+NO_CACHES = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -78,22 +77,20 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def first_call(name: str, steps: int) -> float:
-    """Seconds of the first meta-gradient in a process of its own, with nothing cached."""
-    command = [sys.executable, __file__, "--first-call", name, str(steps)]
-    caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    out = subprocess.run(command, env=os.environ | caches, check=True, capture_output=True, text=True).stdout
-    return float(out.split()[-1])
-
-
-def largest_difference(problem: Problem, steps: int) -> float:
-    fast = compiled(problem.loss)
+def largest_difference(problem: Problem, steps: int, backend: str) -> float:
+    fast = compiled(problem.loss, backend=backend)
     pairs = zip(problem.meta_gradient(fast, steps), problem.meta_gradient(problem.loss, steps), strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def measure(name: str, steps: int, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Milliseconds of each round, and how often something was compiled again in 100 calls."""
+class Measured(NamedTuple):
+    times: dict[str, list[float]]
+    """milliseconds of each round"""
+    again: int
+    """how often something was compiled in later calls"""
+
+
+def measure(name: str, steps: int, rounds: int) -> Measured:
     problem = PROBLEMS[name]()
     runs = {
         "plain": partial(problem.meta_gradient, problem.loss, steps),
@@ -110,50 +107,72 @@ def measure(name: str, steps: int, rounds: int) -> tuple[dict[str, list[float]],
     for _ in tqdm(range(rounds), desc=name):
         for contender, run in runs.items():
             times[contender].append(milliseconds(run))
-    return times, again
+    return Measured(times, again)
+
+
+def rows_of(name: str, steps: int, found: Measured) -> list[Row]:
+    plain, fast = (statistics.median(found.times[contender]) for contender in ("plain", "compiled"))
+    cells, sine = {"plain": f"{plain:.1f} ms", "compiled": f"{fast:.1f} ms"}, name == "sine"
+    headline = "sine MLP, 25 tasks: plain / compiled, time" if sine else ""
+    return [
+        Row(
+            f"{name}, {steps} steps: plain / compiled",
+            plain / fast,
+            2 if sine else None,
+            cells=cells,
+            headline=headline,
+        ),
+        Row(f"{name}, compiled again in 100 later calls" if sine else f"{name}, compiled again", found.again, most=0),
+    ]
+
+
+def draw(found: dict[str, Measured], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for index, (name, (times, _)) in enumerate(found.items()):
+        ratios = [a / b for a, b in zip(times["plain"], times["compiled"], strict=True)]
+        axes.boxplot(ratios, positions=[index], tick_labels=[name], widths=0.5)
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set(ylabel="plain / compiled, each round", title="One meta-gradient, compiled steps")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--conv", action="store_true")
-    parser.add_argument("--first-call", nargs=2, metavar=("PROBLEM", "STEPS"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=60)
+    options.add_argument("--steps", type=int, default=5)
+    options.add_argument("--conv", action="store_true")
+    options.add_argument("--first-call", nargs=2, metavar=("PROBLEM", "STEPS"), help=argparse.SUPPRESS)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
     if args.first_call:
         problem = PROBLEMS[args.first_call[0]]()
-        fast = compiled(problem.loss)
-        print(milliseconds(partial(problem.meta_gradient, fast, int(args.first_call[1]))) / 1e3)
+        print(milliseconds(partial(problem.meta_gradient, compiled(problem.loss), int(args.first_call[1]))) / 1e3)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    # What inductor makes of the same graphs takes a compiler and a minute.
+    difference = largest_difference(sine(torch.float64), args.steps, "aot_eager" if args.check else "inductor")
+    if not difference < 1e-10:
+        raise AssertionError(f"the compiled meta-gradient is off by {difference:.1e}")
+    if args.check:
+        return
 
-    difference = largest_difference(sine(torch.float64), args.steps)  # it must be right before it is timed
-    assert difference < 1e-10, difference
-    short, long = first_call("sine", 2), first_call("sine", 20)
-    lines = ["| | measured | target |", "|---|---|---|"]
-    lines.append(f"| largest difference of the meta-gradient, float64 | {difference:.0e} | 1e-10 |")
-    lines.append(
-        f"| first call, 20 steps / 2 steps | {long:.0f} s / {short:.0f} s = {long / short:.2f} | at most 1.2 |"
-    )
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for index, name in enumerate(["sine", "conv4"] if args.conv else ["sine"]):
-        times, again = measure(name, args.steps, args.rounds if name == "sine" else max(3, args.rounds // 10))
-        plain, fast = (statistics.median(times[contender]) for contender in ("plain", "compiled"))
-        target = "at least 2" if name == "sine" else "none: kernels decide"
-        figures = f"{plain:.1f} / {fast:.1f} ms = {plain / fast:.1f}"
-        lines.append(f"| {name}, {args.steps} steps, plain / compiled | {figures} | {target} |")
-        lines.append(f"| {name}, compiled again in later calls | {again} | 0 |")
-        ratios = [a / b for a, b in zip(times["plain"], times["compiled"], strict=True)]
-        axes.boxplot(ratios, positions=[index], tick_labels=[name], widths=0.5)
-    threads = torch.get_num_threads()
-    table = f"torch {torch.__version__}, {threads} threads\n\n" + "\n".join(lines)
-    print(table)
-    (args.out / "compiled.md").write_text(table + "\n")
-    axes.axhline(1, color="gray", linewidth=1)
-    axes.set(ylabel="plain / compiled, each round", title="One meta-gradient, compiled steps")
-    figure.savefig(args.out / "compiled.png", dpi=150)
-    print(f"picture: {args.out / 'compiled.png'}")
+    short, long = (fresh(__file__, "--first-call", "sine", steps, **NO_CACHES)[0] for steps in (2, 20))
+    rows = [
+        Row("largest difference of the meta-gradient, float64", difference, most=1e-10),
+        Row(
+            "sine, first call: 20 steps / 2 steps",
+            long / short,
+            most=1.2,
+            cells={"compiled": f"{long:.0f} s / {short:.0f} s"},
+        ),
+    ]
+    found: dict[str, Measured] = {}
+    for name in ["sine", "conv4"] if args.conv else ["sine"]:
+        found[name] = measure(name, args.steps, args.rounds if name == "sine" else max(3, args.rounds // 10))
+        rows += rows_of(name, args.steps, found[name])
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "compiled.png"
+    draw(found, picture)
+    note = f"Medians of {args.rounds} rounds; {args.threads} thread(s)."
+    report(__file__, "What does compiling one step bring?", rows, out=args.out, note=note, pictures=[picture])
 
 
 if __name__ == "__main__":
