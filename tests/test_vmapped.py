@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.func import vmap
 
+from statelessify._budget import Chunks
 from statelessify._vmapped import vmapped
 
 
@@ -22,7 +23,7 @@ def test_as_torch(randomness: str, chunk_size: int | None) -> None:
     torch.manual_seed(0)
     expected = vmap(noisy, randomness=randomness, chunk_size=chunk_size)(x, y)
     torch.manual_seed(0)
-    found = vmapped(noisy, [x, y], 5, randomness, chunk_size)  # type: ignore[arg-type]
+    found = vmapped(noisy, [x, y], 5, randomness, Chunks(chunk_size))  # type: ignore[arg-type]
     torch.testing.assert_close(tuple(found), expected)
 
 
@@ -34,15 +35,15 @@ def test_the_level_ends_with_an_error(chunk_size: int | None) -> None:
 
     for _ in range(2):
         with pytest.raises(KeyError):
-            vmapped(fails, [torch.ones(3)], 3, "different", chunk_size)
+            vmapped(fails, [torch.ones(3)], 3, "different", Chunks(chunk_size))
         assert peek_interpreter_stack() is None
 
 
 def test_a_result_that_no_task_shapes_is_repeated() -> None:
-    (found,) = vmapped(lambda x: [torch.ones(2)], [torch.zeros(3)], 3, "error", None)
+    (found,) = vmapped(lambda x: [torch.ones(2)], [torch.zeros(3)], 3, "error", Chunks())
     assert found.shape == (3, 2)
 
 
 def test_the_error_of_random_numbers() -> None:
     with pytest.raises(RuntimeError, match="random"):
-        vmapped(noisy, [torch.ones(3), torch.ones(3)], 3, "error", None)
+        vmapped(noisy, [torch.ones(3), torch.ones(3)], 3, "error", Chunks())

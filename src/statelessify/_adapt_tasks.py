@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ._adapt import Adapted, apart, check_loop, gradient_of, loss_options, outside_inference, scalar_loss
 from ._attach import Function
-from ._compile import compiled_step, plain
+from ._budget import Chunks, check_chunks
+from ._compile import compiled_step, plain, refuse_measuring
 from ._gradient import value_and_grad
 from ._loop import Gradient, State, Step
 from ._one_task import adapt_one, alone, lined_up
-from ._random import random_state, set_random_state
 from ._task_states import (
     Together,
     expanded_slots,
@@ -44,7 +44,7 @@ from ._task_trees import (
     shared,
     sliced,
 )
-from ._tasks import Mapper
+from ._tasks import Mapper, check_choices
 from ._transforms import unseen
 from ._tree import require_floating, tree_detach, tree_flatten, tree_leaves, tree_map, tree_names
 from ._unroll import Unroll
@@ -53,7 +53,7 @@ from .optim import Optimizer, OptState
 from .optim._checked import checked
 from .optim._container import replaced
 from .optim._hyperparameters import at_step, check_fits
-from .typing import Backend, Batch, GradTransform, InDims, Loss, Randomness, Tree
+from .typing import Backend, Batch, ChunkSize, GradTransform, InDims, Loss, Randomness, Tree
 
 __all__ = ["adapt_tasks"]
 
@@ -70,7 +70,8 @@ def adapt_tasks(
     carry: Any = None,
     grad_transform: GradTransform | None = None,
     in_dims: InDims = (None, 0),
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
+    memory_budget: int | None = None,
     randomness: Randomness = "different",
     backend: Backend = "auto",
 ) -> Adapted:
@@ -89,7 +90,10 @@ def adapt_tasks(
         grad_transform: gradients of one task in, gradients of one task out.
         in_dims: the task dimensions of ``(params, batches)``, in `torch.vmap`'s form. ``0`` for the parameters goes on
             from an earlier result, or trains an ensemble.
-        chunk_size: at most so many tasks at once in each step, for less memory.
+        chunk_size: at most so many tasks at once in each step, for less memory; ``"auto"``: as many as
+            `memory_budget` lets, which the first step finds out.
+        memory_budget: for ``"auto"``, the bytes that the gradients of one step may take, as for `over_tasks`. What
+            the steps' graphs keep for a meta-gradient comes on top: `checkpoint_every` lowers that.
         randomness, backend: as for `over_tasks`.
 
     Returns:
@@ -108,6 +112,9 @@ def adapt_tasks(
         >>> adapt_tasks(fit, start, targets, optimizer=optim.sgd(lr=0.25), steps=1).params["w"].tolist()
         [[0.5, 0.5], [-0.5, -0.5]]
     """
+    check_choices(backend, randomness)
+    check_chunks(chunk_size, memory_budget)
+    refuse_measuring(loss, chunk_size)
     check_loop(optimizer, steps, gradient)
     require_floating(params, "params")
     if isinstance(in_dims, int):
@@ -140,7 +147,7 @@ def adapt_tasks(
                 "nothing says how many tasks there are: no tensor of `batches` has a task dimension; map something in "
                 "`in_dims`, or use `adapt`"
             )
-        mapper = Mapper(count, backend, randomness, chunk_size)
+        mapper = Mapper(count, backend, randomness, chunk_size, memory_budget)
 
         def batch_at(index: int, state: State) -> Tasks:
             if fixed is not None:
@@ -196,7 +203,8 @@ class _Loop(NamedTuple):
     def lift(self, fn: Function, mapped: Sequence[bool]) -> Function:
         def over_tasks(tensors: list[Tensor]) -> list[Tensor]:
             spec = tree_flatten((*tensors,))[1]
-            return self.mapper(lambda *each: fn(list(each)), Tasks(tensors, list(mapped), spec), self.source).leaves
+            args, chunks = Tasks(tensors, list(mapped), spec), self.mapper.chunks(self.source).settled()
+            return self.mapper(lambda *each: fn(list(each)), args, self.source, chunks).leaves
 
         return over_tasks
 
@@ -204,11 +212,7 @@ class _Loop(NamedTuple):
         return self.batches(index, state)
 
     def step(self, state: State, batch: Tasks, differentiable: bool) -> tuple[State, Tensor]:
-        size = self.mapper.chunk_size
-        if size is None or size >= self.mapper.tasks:
-            values, carry, grads = self._gradient(state.params, state.carry, batch, differentiable)
-        else:
-            values, carry, grads = self._gradient_in_chunks(state, batch, differentiable, size)
+        values, carry, grads = self._gradients(state, batch, differentiable)
         if self.grad_transform is not None:
             grads = self.mapper(self.grad_transform, per_task((grads,)), self.grad_transform).tree
         params, opt_state = self._update(state.params, grads, state.opt_state)
@@ -221,7 +225,7 @@ class _Loop(NamedTuple):
         def evaluate(params: Any) -> tuple[Tensor, Any]:
             with unseen():
                 args = joined(per_task(params), carry, batch)
-            out = self.mapper(call, args, self.source)
+            out = self.mapper(call, args, self.source, Chunks())
             mapped.append(out.mapped[1:])
             return out.tree
 
@@ -235,17 +239,19 @@ class _Loop(NamedTuple):
         leaves, spec = tree_flatten(carried)
         return values, Tasks(leaves, mapped[-1], spec), grads
 
-    def _gradient_in_chunks(
-        self, state: State, batch: Tasks, differentiable: bool, size: int
-    ) -> tuple[Tensor, Tasks, Any]:
-        parts: list[tuple[Tensor, Tasks, Any]] = []
-        numbers = random_state() if self.mapper.randomness == "same" else None
-        for start in range(0, self.mapper.tasks, size):
-            here = slice(start, start + size)
-            if numbers is not None:
-                set_random_state(numbers)
+    def _gradients(self, state: State, batch: Tasks, differentiable: bool) -> tuple[Tensor, Tasks, Any]:
+        """Losses, carries and gradients of all tasks, in chunks."""
+        tasks, tensors = self.mapper.tasks, tree_leaves(state.params)
+
+        def chunk(here: slice) -> tuple[Tensor, Tasks, Any]:
+            if here.stop - here.start == tasks:
+                return self._gradient(state.params, state.carry, batch, differentiable)
             params = sliced(per_task(state.params), here).tree
-            parts.append(self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable))
+            return self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable)
+
+        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, tensors)
+        if len(parts) == 1:
+            return parts[0]
         carries = [carry for _, carry, _ in parts]
         leaves = [
             torch.cat(column) if mapped else column[0]

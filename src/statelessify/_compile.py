@@ -9,6 +9,7 @@ from typing import Any
 from ._compiled_calls import Code, Run
 from ._transforms import in_inference, transforming
 from .errors import CompileError
+from .typing import ChunkSize
 
 __all__ = ["compiled"]
 
@@ -72,6 +73,15 @@ def compiled(loss: Callable[..., Any], *, backend: str | Callable[..., Any] = "i
 def plain(loss: Any) -> Any:
     """The loss itself, of which compiled code is traced."""
     return loss.fn if isinstance(loss, Compiled) else loss
+
+
+def refuse_measuring(loss: Any, chunk_size: ChunkSize) -> None:
+    """An error where a compiled step would have to measure the memory that it takes."""
+    if isinstance(loss, Compiled) and chunk_size == "auto":
+        raise CompileError(
+            f'`chunk_size="auto"` measures what a chunk takes while it runs, which the compiled `{loss.code.name}` '
+            "cannot do; write a number of tasks, or leave the loss uncompiled"
+        )
 
 
 def can_compile() -> bool:

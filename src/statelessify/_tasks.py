@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 
-from ._compile import compiled_call, plain
+from ._budget import Chunks, check_chunks
+from ._compile import compiled_call, plain, refuse_measuring
 from ._random import random_state, set_random_state
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._transforms import unseen
@@ -28,7 +29,7 @@ from ._vmapped import vmapped
 from ._words import nearest
 from .errors import RandomnessError, StatelessifyError, TaskError, TreeError, VmapError
 from .rules._registry import rules, rules_here
-from .typing import Backend, InDims, Randomness
+from .typing import Backend, ChunkSize, InDims, Randomness
 
 __all__ = ["over_tasks"]
 
@@ -46,7 +47,8 @@ def over_tasks(
     fn: Callable[..., Any],
     *,
     in_dims: InDims = (None, 0, ...),
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
+    memory_budget: int | None = None,
     randomness: Randomness = "different",
     backend: Backend = "auto",
 ) -> Callable[..., Any]:
@@ -57,7 +59,13 @@ def over_tasks(
         in_dims: where each positional argument has its tasks, as in `torch.vmap`; None shares it. ``...`` repeats
             the entry before it, so the default shares the first argument and maps all others along dimension 0.
             Keyword arguments are shared, and so are leaves that are not tensors.
-        chunk_size: at most so many tasks at once, for less memory. None: all.
+        chunk_size: at most so many tasks at once, for less memory. None: all. ``"auto"``: as many as `memory_budget`
+            lets. Each call begins with one task, which is measured while it does its work, then up to 8, and so on;
+            a chunk whose memory grows faster than its tasks may go over the budget once.
+        memory_budget: for ``"auto"``, bytes that the call may take above what there was before: results, what is
+            computed on the way, and the graph where one is recorded; not the backward pass through that graph. It
+            counts tensors on the device of the mapped arguments, as torch's allocator reports them. None: half of
+            what is free on the device.
         randomness: whether tasks draw ``"different"`` random numbers or the ``"same"``; ``"error"`` forbids them.
         backend: ``"vmap"``, ``"loop"``, or ``"auto"``: the loop for one task, else vmap, and where torch has no
             batching rule the loop, with one warning. The numbers are the same.
@@ -69,6 +77,10 @@ def over_tasks(
         TaskError: leading dimensions differ, there are zero tasks, or no argument is mapped.
         TreeError: results that are not tensors differ between tasks.
         VmapError: ``backend="vmap"``, and torch cannot batch `fn`.
+        CompileError: ``chunk_size="auto"`` in compiled code, which cannot measure.
+
+    Warns:
+        UserWarning: one task at a time takes more than the budget. The call goes on with that.
 
     Example:
         >>> from statelessify import over_tasks
@@ -76,7 +88,8 @@ def over_tasks(
         torch.Size([5])
     """
     check_choices(backend, randomness)
-    check_chunk(chunk_size)
+    check_chunks(chunk_size, memory_budget)
+    refuse_measuring(fn, chunk_size)
 
     @wraps(fn, updated=())
     def mapped(*args: Any, **kwargs: Any) -> Any:
@@ -87,17 +100,12 @@ def over_tasks(
                 f"no argument is mapped over tasks: `in_dims={in_dims!r}` shares all {len(args)}; "
                 "write `in_dims=0` to map the first one"
             )
-        mapper = Mapper(count, backend, randomness, chunk_size)
         source = plain(fn)
+        mapper = Mapper(count, backend, randomness, chunk_size, memory_budget)
         call = partial(source, **kwargs) if kwargs else source
         return compiled_call(fn, lambda given: mapper(call, given, source))(tasks).expanded(count)
 
     return mapped
-
-
-def check_chunk(chunk_size: int | None) -> None:
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TaskError(f"`chunk_size={chunk_size!r}` is not a number of tasks; write a positive integer, or None")
 
 
 def _repeated(in_dims: InDims, count: int) -> Any:
@@ -131,28 +139,53 @@ class Mapper:
     """
 
     def __init__(
-        self, tasks: int, backend: Backend = "auto", randomness: Randomness = "different", chunk_size: int | None = None
+        self,
+        tasks: int,
+        backend: Backend = "auto",
+        randomness: Randomness = "different",
+        chunk_size: ChunkSize = None,
+        memory_budget: int | None = None,
     ) -> None:
-        check_choices(backend, randomness)
-        check_chunk(chunk_size)
-        self.tasks, self.chunk_size = tasks, chunk_size
+        self.tasks = tasks
+        self._chunk_size: ChunkSize = chunk_size
+        self._memory_budget = memory_budget
+        self._chunks: dict[int, Chunks] = {}
+        self._all_alike = Chunks(chunk_size)
         self.randomness: Randomness = randomness
         self._loops = backend == "loop" or (backend == "auto" and tasks == 1)
         self._falls_back = backend == "auto"
         self._random_state: list[Tensor] = []
 
-    def __call__(self, fn: Callable[..., Any], args: Tasks, source: Callable[..., Any] | None = None) -> Tasks:
-        """``fn(*args)`` for each task; `source` is the user's function, for messages."""
+    def chunks(self, source: Callable[..., Any]) -> Chunks:
+        """How a function is run in chunks, and what is known about that so far."""
+        if self._chunk_size != "auto":
+            return self._all_alike
+        if id(source) not in self._chunks:
+            name = getattr(source, "__name__", type(source).__name__)
+            self._chunks[id(source)] = Chunks("auto", self._memory_budget, name)
+        return self._chunks[id(source)]
+
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        args: Tasks,
+        source: Callable[..., Any] | None = None,
+        chunks: Chunks | None = None,
+    ) -> Tasks:
+        """``fn(*args)`` for each task; `source` is the user's function, for messages.
+
+        `chunks` are those of `source` if nothing else is given.
+        """
         with unseen():
             args = share_integers(args)
             count = next((leaf.shape[0] for leaf, m in zip(args.leaves, args.mapped, strict=True) if m), self.tasks)
         if self._loops:
             return _loop(fn, args, count, self.randomness)
         if torch.compiler.is_compiling():
-            return _vmap(fn, args, count, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, chunks or self.chunks(source or fn), self.randomness)
         self._random_state = before = random_state()
         try:
-            return _vmap(fn, args, count, self.chunk_size, self.randomness)
+            return _vmap(fn, args, count, chunks or self.chunks(source or fn), self.randomness)
         except StatelessifyError:
             raise
         except Exception as error:
@@ -204,7 +237,7 @@ def _blame(error: BaseException, fn: Callable[..., Any]) -> str:
     return f"`{name}`"
 
 
-def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunk_size: int | None, randomness: Randomness) -> Tasks:
+def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunks: Chunks, randomness: Randomness) -> Tasks:
     """One level of vmap over the mapped leaves; everything that is not a tensor travels beside it."""
     inputs = [leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True) if mapped]
     aside: list[tuple[list[Any], list[bool], TreeSpec]] = []
@@ -220,7 +253,7 @@ def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunk_size: int | Non
         aside.append(([None if m else leaf for leaf, m in zip(results, mapped, strict=True)], mapped, spec))
         return tuple(leaf for leaf, m in zip(results, mapped, strict=True) if m)
 
-    outputs = iter(vmapped(one_task, inputs, tasks, randomness, chunk_size))
+    outputs = iter(vmapped(one_task, inputs, tasks, randomness, chunks))
     leaves, mapped, spec = aside[0]
     names = tree_names(tree_unflatten(spec, [0] * len(leaves))) if len(aside) > 1 else [""] * len(leaves)
     for chunk, _, other in aside[1:]:

@@ -10,7 +10,7 @@ from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decreme
 from torch._functorch.predispatch import lazy_load_decompositions
 from torch.func import vmap
 
-from ._random import random_state, set_random_state
+from ._budget import Chunks
 from .typing import Randomness
 
 __all__: list[str] = []
@@ -20,21 +20,19 @@ OfTensors = Callable[..., Sequence[Tensor]]
 
 
 def vmapped(
-    fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Randomness, chunk_size: int | None
+    fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Randomness, chunks: Chunks
 ) -> Sequence[Tensor]:
     """``torch.vmap(fn)(*inputs)`` along their first dimensions."""
-    if torch.compiler.is_compiling():
-        return vmap(fn, randomness=randomness, chunk_size=chunk_size)(*inputs)
-    if chunk_size is None or chunk_size >= tasks:
-        return _level(fn, inputs, tasks, randomness)
-    numbers = random_state() if randomness == "same" else None
-    chunks: list[Sequence[Tensor]] = []
-    for start in range(0, tasks, chunk_size):
-        if numbers is not None:
-            set_random_state(numbers)
-        here = slice(start, min(start + chunk_size, tasks))
-        chunks.append(_level(fn, [tensor[here] for tensor in inputs], here.stop - start, randomness))
-    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    if torch.compiler.is_compiling() and not isinstance(chunks.size, str):
+        return vmap(fn, randomness=randomness, chunk_size=chunks.size)(*inputs)
+
+    def chunk(here: slice) -> Sequence[Tensor]:
+        count = here.stop - here.start
+        part = inputs if count == tasks else [tensor[here] for tensor in inputs]
+        return _level(fn, part, count, randomness)
+
+    found = chunks.run(chunk, tasks, randomness, inputs)
+    return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def _level(fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Randomness) -> Sequence[Tensor]:

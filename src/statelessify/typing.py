@@ -14,6 +14,7 @@ __all__ = [
     "Backend",
     "Batch",
     "Buffers",
+    "ChunkSize",
     "GradTransform",
     "InDims",
     "Loss",
@@ -37,6 +38,9 @@ Policy = Literal["alias", "clone", "detach"]
 
 Backend = Literal["auto", "vmap", "loop"]
 """How a function of one task is mapped over tasks."""
+
+ChunkSize = int | Literal["auto"] | None
+"""How many tasks run at once: so many, as many as a memory budget lets, or all."""
 
 Randomness = Literal["different", "same", "error"]
 """Whether tasks draw their own random numbers, as in `torch.vmap`."""
