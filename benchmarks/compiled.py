@@ -113,14 +113,12 @@ def measure(name: str, steps: int, rounds: int) -> Measured:
 def rows_of(name: str, steps: int, found: Measured) -> list[Row]:
     plain, fast = (statistics.median(found.times[contender]) for contender in ("plain", "compiled"))
     cells, sine = {"plain": f"{plain:.1f} ms", "compiled": f"{fast:.1f} ms"}, name == "sine"
-    headline = "sine MLP, 25 tasks: plain / compiled, time" if sine else ""
     return [
         Row(
             f"{name}, {steps} steps: plain / compiled",
             plain / fast,
             2 if sine else None,
             cells=cells,
-            headline=headline,
         ),
         Row(f"{name}, compiled again in 100 later calls" if sine else f"{name}, compiled again", found.again, most=0),
     ]

@@ -251,7 +251,7 @@ def rows_of(question: Question, found: dict[str, float]) -> list[Row]:
         cells = {"ms": f"{found[f'{question.label}: {name}']:.2f}", f"{OURS}, ms": f"{ours:.2f}"}
         if name in question.aims:
             cells["aim"] = f"{question.aims[name]:g}"
-        headline = f"{question.label}, {question.steps} steps: {name} / `{OURS}`, time" if target else ""
+        headline = f"{question.label}, {question.steps} steps: {name} / `{OURS}`, time" if name == "higher" else ""
         rows.append(Row(what, found[what], least=target, cells=cells, headline=headline))
     return rows
 

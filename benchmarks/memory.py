@@ -243,10 +243,11 @@ def rows_of(name: str, memory: Peaks, times: dict[str, list[float]]) -> list[Row
         cells = {"ours": both[contender], "higher": both["higher"]}
         what = f"{name}, {steps} steps, `{contender}`"
         aim = contender == "checkpoint_every='auto'"  # what a user writes who does not want to think
-        headline = f'memory of higher / of `Unroll(checkpoint_every="auto")`, {name}, {steps} steps' if aim else ""
         least, most = (setting.less_memory, setting.more_time) if aim else (None, None)
+        kind = f'`Unroll(checkpoint_every="auto")`, {name}, {steps} steps' if most else ""
+        headline = f"memory of higher / of {kind}" if kind else ""
         rows.append(Row(f"{what}: memory of higher / ours", less, least=least, cells=cells, headline=headline))
-        headline = headline.replace("memory of higher / of", "time of") + " / of higher" if aim and most else ""
+        headline = f"time of {kind} / of higher" if kind else ""
         rows.append(Row(f"{what}: our time / higher's", slower, most=most, cells=cells, headline=headline))
     return rows
 
