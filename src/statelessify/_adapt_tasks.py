@@ -92,8 +92,9 @@ def adapt_tasks(
             from an earlier result, or trains an ensemble.
         chunk_size: at most so many tasks at once in each step, for less memory; ``"auto"``: as many as
             `memory_budget` lets, which the first step finds out.
-        memory_budget: for ``"auto"``, the bytes that the gradients of one step may take, as for `over_tasks`. What
-            the steps' graphs keep for a meta-gradient comes on top: `checkpoint_every` lowers that.
+        memory_budget: for ``"auto"``, the bytes that the gradients of one step may take, as for `over_tasks`. On top
+            come what earlier steps' graphs keep for a meta-gradient (`checkpoint_every` lowers that), its backward
+            pass, and the optimizer's update and state: some copies of all tasks' parameters.
         randomness, backend: as for `over_tasks`.
 
     Returns:
