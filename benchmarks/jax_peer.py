@@ -111,10 +111,7 @@ def with_torch(arrays: Arrays, double: bool, threads: int) -> dict[str, Run]:
         value = over_tasks(loss, in_dims=0)(adapted.params, query).mean()
         return list(torch.autograd.grad(value, list(params.values())))
 
-    found = {"adapt_tasks": partial(run, loss)}
-    if len(support[0]) > 1:  # inductor's code for one task is wrong, which `compiled` sees and refuses
-        found["compiled"] = partial(run, compiled(loss))
-    return found
+    return {"adapt_tasks": partial(run, loss), "compiled": partial(run, compiled(loss))}
 
 
 WORKERS = {"jax": with_jax, "torch": with_torch}

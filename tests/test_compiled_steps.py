@@ -151,6 +151,22 @@ def test_inductor_has_the_numbers_of_the_plain_loss() -> None:
     assert_close(meta(fast), meta(regression))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where inductor is imported
+def test_inductor_keeps_the_rate_of_a_gradient_that_is_a_product() -> None:
+    """Of a sum with a product of matrices it makes one operation, which forgot `alpha`."""
+    start, batch = {"w": torch.randn(4, 1), "v": torch.randn(1, 4)}, (torch.randn(10, 1), torch.randn(10, 1))
+
+    def loss(p: Any, batch: Any) -> Tensor:
+        return ((torch.relu(batch[0] @ p["w"].T) @ p["v"].T - batch[1]) ** 2).mean()
+
+    def run(loss: Any) -> Any:
+        params = fresh(start)
+        adapted = adapt(loss, params, batch, optimizer=optim.sgd(lr=0.01), steps=2)
+        return adapted.params, gradients(adapted.losses.sum(), params)
+
+    assert_close(run(compiled(loss)), run(loss))
+
+
 @pytest.mark.parametrize("needs", [True, False])
 def test_a_loss_that_reads_the_initial_parameters(needs: bool) -> None:
     """At the first step they are also what it is given; afterwards no longer."""

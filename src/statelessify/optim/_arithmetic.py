@@ -50,6 +50,10 @@ def add(x: Tensor, y: Tensor, scale: Number) -> Tensor:
     """``x + scale * y``."""
     if isinstance(scale, Tensor):
         return torch.addcmul(x, y, like(scale, x))
+    if torch.compiler.is_compiling():
+        # Where y is a product of matrices, inductor of torch 2.13 makes addmm of this and drops `alpha`; so it did in
+        # https://github.com/pytorch/pytorch/issues/195442.
+        return x + y * scale
     return torch.add(x, y, alpha=scale)
 
 

@@ -98,6 +98,6 @@ def _update_lists(
 
 def _added(xs: list[Tensor], ys: list[Tensor], scale: float) -> list[Tensor]:
     """``x + scale * y`` of each pair; as one operation where they are small, as its graph keeps all of them alive."""
-    if sum(x.numel() for x in xs) <= LISTED:
+    if not torch.compiler.is_compiling() and sum(x.numel() for x in xs) <= LISTED:
         return list(_torch._foreach_add(xs, ys, alpha=scale))
-    return [torch.add(x, y, alpha=scale) for x, y in zip(xs, ys, strict=True)]
+    return [add(x, y, scale) for x, y in zip(xs, ys, strict=True)]
