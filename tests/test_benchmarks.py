@@ -19,21 +19,22 @@ SCRIPTS = sorted(BENCHMARKS.glob("[!_]*.py"))
 
 
 def imported(script: Path) -> set[str]:
-    """The top-level packages that a script imports, at its top or inside functions."""
+    """The top-level packages that a script imports, at its top or inside functions, and those of its neighbours."""
     names = set()
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module or "")
-    return {name.partition(".")[0] for name in names}
+    names = {name.partition(".")[0] for name in names}
+    own = {name for name in names if (BENCHMARKS / f"{name}.py").is_file()}
+    return (names - own).union(*(imported(BENCHMARKS / f"{name}.py") for name in own))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_contenders_agree(script: Path, tmp_path: Path) -> None:
     packages = imported(script)
-    own = {file.stem for file in BENCHMARKS.glob("*.py")}
-    missing = [name for name in sorted(packages - own) if importlib.util.find_spec(name) is None]
+    missing = [name for name in sorted(packages) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed; the session `bench` has it")
     command = [sys.executable, str(script), "--check", "--out", str(tmp_path / "out")]
