@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from statelessify import FirstOrder, Unroll, adapt, adapt_tasks, optim, over_tasks, stateless
+from statelessify._budget import Chunks
 from statelessify._memory import Measured
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -109,6 +110,23 @@ def test_the_profiler_sees_at_least_what_lives(run: Any) -> None:
     with Measured(torch.device("cpu")) as seen:
         run(loss, params, batches)
     assert living <= seen.peak <= 2 * living
+
+
+def test_what_is_known_without_a_graph_says_nothing_of_a_run_with_one() -> None:
+    sizes: list[int] = []
+
+    def work(here: slice) -> Tensor:
+        sizes.append(here.stop - here.start)
+        return torch.ones(sizes[-1], 1000 if torch.is_grad_enabled() else 1).sum(1)
+
+    chunks = Chunks("auto", 10 * 8000)
+    with torch.no_grad():
+        chunks.run(work, 20, "error", [])
+        chunks.run(work, 20, "error", [])
+    assert sizes == [1, 7, 12, 20]
+    with Measured(torch.device("cpu")) as seen:
+        chunks.run(work, 20, "error", [])
+    assert seen.peak <= 10 * 8000
 
 
 def test_threads_measure_their_own() -> None:
