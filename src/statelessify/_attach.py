@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ._transforms import forward_mode, transforming
 from .errors import DerivativeError
@@ -102,11 +103,12 @@ def vjp(fn: Function, inputs: Tensors, wanted: Sequence[bool], once: bool = Fals
         ]
         out = fn(own)
     sources = [t for t, w in zip(own, wanted, strict=True) if w]
+    edges = [get_gradient_edge(o) if o.requires_grad else None for o in out]  # which do not hold the values
 
     def pull_eagerly(cotangents: list[Tensor]) -> list[Tensor]:
         create = torch.is_grad_enabled()
         keep = create or not once
-        pairs = [(o, c) for o, c in zip(out, cotangents, strict=True) if o.requires_grad]
+        pairs = [(edge, c) for edge, c in zip(edges, cotangents, strict=True) if edge is not None]
         if not pairs or not sources:
             return [torch.zeros_like(source) for source in sources]
         outputs, given = zip(*pairs, strict=True)

@@ -105,35 +105,99 @@ class _Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         g, a, b, _, _ = grads
-        y, r, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        shape = ctx.bias_shape if needs[2] else None
+        arguments = *ctx.saved_tensors, ctx.dims, shape, needs[0], needs[1]
+        first = g is not None and a is None and b is None  # as in the gradient of a loss, the rest in that of gradients
+        pull: Any = _Pull.apply if first and torch.is_grad_enabled() else _pulled
+        return (*pull(g, *arguments), None, None) if first else (*_pulled(g, *arguments, a, b), None, None)
+
+
+def _pulled(
+    g: Tensor | None,
+    y: Tensor,
+    r: Tensor,
+    weight: Tensor | None,
+    dims: list[int],
+    bias_shape: torch.Size | None,
+    need_x: bool,
+    need_weight: bool,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias."""
+    product = None if g is None else g * y
+    dweight = product.sum_to_size(weight.shape) if product is not None and weight is not None and need_weight else None
+    dbias = None if g is None or bias_shape is None else g.sum_to_size(bias_shape)
+    if not need_x:
+        return None, dweight, dbias
+    scale = None  # of the gradient of y, where that is a multiple of `g` over all that is standardized together
+    if g is not None:
+        if weight is None:
+            a = g if a is None else a + g
+            product = product if a is g else None
+        elif a is None and _constant(weight, dims):
+            a, scale = g, weight
+        else:
+            a, product = g * weight if a is None else a + g * weight, None
+    if a is None:
+        a = torch.zeros_like(y)
+    product = a * y if product is None else product
+    slope = r if scale is None else r * scale
+    along = -slope * product.mean(dims, keepdim=True)
+    if b is not None:
+        along = along - b * r * r * (r.numel() / y.numel())
+    shift = -slope * a.mean(dims, keepdim=True)
+    dx = a * slope
+    dx = dx + shift + y * along if torch.is_grad_enabled() else dx.add_(shift).addcmul_(y, along)
+    return dx, dweight, dbias
+
+
+def _constant(weight: Tensor, dims: list[int]) -> bool:
+    """Whether a weight is one number over all that is standardized together."""
+    return all(weight.ndim < -dim or weight.shape[dim] == 1 for dim in dims)
+
+
+class _Pull(torch.autograd.Function):
+    """`_pulled`, which remembers its arguments only.
+
+    For gradients u of ``dx``, v of ``dweight`` and t of ``dbias``, where ``a = g * weight`` and P takes away the mean and
+    what is along y, ``P(u) = u - mean(u) - y * mean(u * y)``::
+
+        dg = weight * r * P(u) + v * y + t          dy = v * g - r * (u * mean(a * y) + a * mean(u * y))
+        dweight = sum(g * r * P(u))                 dr = sum(a * P(u))
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, y: Tensor, r: Tensor, weight: Tensor | None, dims: list[int], *options: Any
+    ) -> tuple[Tensor | None, ...]:
+        ctx.dims = dims
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, y, r, weight)
+        return _pulled(g, y, r, weight, dims, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        u, v, t = grads
+        g, y, r, weight = ctx.saved_tensors
         dims: list[int] = ctx.dims
-        count = y.numel() // r.numel()
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dweight, dbias = None, None
-        product = None if g is None else g * y
-        if g is not None and need_bias:
-            dbias = g.sum_to_size(ctx.bias_shape)
-        if product is not None and need_weight:
-            dweight = product.sum_to_size(weight.shape)
-        if not need_x:
-            return None, dweight, dbias, None, None
-        scale = None  # of the gradient of y, where that is a multiple of `g` over all that is standardized together
-        if g is not None:
-            if weight is None:
-                a = g if a is None else a + g
-                product = product if a is g else None
-            elif a is None and all(weight.ndim < -dim or weight.shape[dim] == 1 for dim in dims):
-                a, scale = g, weight
-            else:
-                a, product = g * weight if a is None else a + g * weight, None
-        if a is None:
-            a = torch.zeros_like(y)
-        product = a * y if product is None else product
-        slope = r if scale is None else r * scale
-        along = -slope * product.mean(dims, keepdim=True)
-        if b is not None:
-            along = along - b * r * r / count
-        shift = -slope * a.mean(dims, keepdim=True)
-        dx = a * slope
-        dx = dx + shift + y * along if torch.is_grad_enabled() else dx.add_(shift).add_(y * along)
-        return dx, dweight, dbias, None, None
+        none = (None,) * 4  # for what is no tensor
+        dg = None if t is None else t.expand_as(g)
+        dy = None
+        if v is not None:
+            dg = v * y if dg is None else torch.addcmul(dg, v, y)
+            dy = v * g
+        if u is None:
+            return dg, dy, None, None, *none
+        a = g if weight is None else g * weight
+        along = (u * y).mean(dims, keepdim=True)
+        p = torch.addcmul(u - u.mean(dims, keepdim=True), y, along, value=-1)
+        dr = (a * p).sum(dims, keepdim=True)
+        p = p * r
+        dweight = None if weight is None else (g * p).sum_to_size(weight.shape)
+        scaled = p if weight is None else p * weight
+        dg = scaled if dg is None else dg + scaled
+        turned = torch.addcmul(u * (r * (a * y).mean(dims, keepdim=True)), a, r * along)
+        dy = -turned if dy is None else dy - turned
+        return dg, dy, dr, dweight, *none
