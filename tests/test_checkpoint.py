@@ -16,6 +16,7 @@ from problems import assert_close, fresh
 from torch import Tensor
 
 from statelessify import Unroll, adapt, adapt_tasks, optim, over_tasks
+from statelessify._attach import vjp
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOLERANCE = 1e-12
@@ -208,3 +209,16 @@ def test_a_graph_holds_one_block_at_a_time_and_is_freed(every: Any, blocks: int,
         assert [ref() for ref in alive if ref() is not None] == []
     finally:
         gc.enable()
+
+
+def test_results_are_let_go_before_their_gradient_is_taken() -> None:
+    results = list[weakref.ref[Tensor]]()
+
+    def double(tensors: list[Tensor]) -> list[Tensor]:
+        out = tensors[0] * 2
+        results.append(weakref.ref(out))
+        return [out, tensors[0]]
+
+    pull = vjp(double, [torch.ones(3)], [True], once=True)[1]
+    assert results[0]() is None
+    assert pull([torch.ones(3), torch.ones(3)])[0].tolist() == [3.0, 3.0, 3.0]

@@ -132,6 +132,28 @@ def test_fused_once_for_all_tasks() -> None:
     assert len(kernels.names) < 160
 
 
+def kept_by(function: Any, *args: Tensor) -> int:
+    """Bytes that the graph of a gradient holds."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = function(*args).sin().sum()
+        grads = torch.autograd.grad(total, args, create_graph=True)
+    assert all(gradient.requires_grad for gradient in grads)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_the_graph_keeps_no_more_than_that_of_the_fused_norm() -> None:
+    x, weight, bias = torch.randn(64, 32), torch.randn(32), torch.randn(32)
+    args = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    ours = kept_by(lambda x, w, b: standardized(x, [-1], 1e-5, w, b)[0], *args)
+    assert ours <= kept_by(lambda x, w, b: F.layer_norm(x, (32,), w, b), *args)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_result_may_be_written_into(affine: bool) -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=affine), nn.ReLU(inplace=True), nn.Linear(3, 1))

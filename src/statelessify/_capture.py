@@ -149,12 +149,10 @@ def _may_need(tensor: Any) -> bool:
 def _each(call: Callable[[Tensor], None], arg: Any) -> None:
     if isinstance(arg, Tensor):
         call(arg)
-    elif isinstance(arg, (list, tuple)):
-        for item in cast("tuple[Any, ...]", arg):
-            _each(call, item)
-    elif isinstance(arg, dict):
-        for item in cast("dict[Any, Any]", arg).values():
-            _each(call, item)
+    elif isinstance(arg, (list, tuple, dict)):
+        for item in cast("Any", arg).values() if isinstance(arg, dict) else cast("Any", arg):
+            if isinstance(item, (Tensor, list, tuple, dict)):  # before the call: most arguments are neither
+                _each(call, item)
 
 
 def _swapped(tensors: Mapping[int, Tensor], arg: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._transforms import unseen
 from .._tree import first_difference, flatten_up_to, require_floating, tree_flatten, tree_names
 from .._words import listed
 from ..errors import DtypeError, ShapeError, TreeError
@@ -34,7 +35,8 @@ def shapes_of(params: Tree, leaves: Sequence[Any]) -> list[torch.Size]:
     """The shape of each parameter."""
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         require_floating(params, "params")
-    return [leaf.shape for leaf in leaves]
+    with unseen():
+        return [leaf.shape for leaf in leaves]
 
 
 def aligned(spec: Any, grads: Tree) -> list[Any]:
@@ -52,23 +54,27 @@ def gradients_of(
 ) -> list[Tensor]:
     """The gradient of each leaf; zero where there is none."""
     found = list(grads.values()) if spec is None else aligned(spec, grads)  # None: a flat dict like `params`
-    for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
-        if gradient is None:
-            found[index] = torch.zeros_like(leaf)
-        elif not isinstance(gradient, Tensor):
-            raise DtypeError(f"the gradient of `{names()[index]}` is {type(gradient).__name__}, not a tensor")
-        elif gradient.shape != shape:
-            raise ShapeError(
-                f"the gradient of `{names()[index]}` has shape {tuple(gradient.shape)}, the parameter has "
-                f"{tuple(shape)}; pass one of the parameter's shape"
-            )
-        elif gradient.dtype != leaf.dtype:
-            raise DtypeError(
-                f"the gradient of `{names()[index]}` is {gradient.dtype}, the parameter is {leaf.dtype}; cast it with "
-                "`grad.to(param.dtype)`"
-            )
-        elif gradient.layout != torch.strided:
-            found[index] = gradient.to_dense()
+    sparse: list[int] = []
+    with unseen():
+        for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
+            if gradient is None:
+                found[index] = torch.zeros_like(leaf)
+            elif not isinstance(gradient, Tensor):
+                raise DtypeError(f"the gradient of `{names()[index]}` is {type(gradient).__name__}, not a tensor")
+            elif gradient.shape != shape:
+                raise ShapeError(
+                    f"the gradient of `{names()[index]}` has shape {tuple(gradient.shape)}, the parameter has "
+                    f"{tuple(shape)}; pass one of the parameter's shape"
+                )
+            elif gradient.dtype != leaf.dtype:
+                raise DtypeError(
+                    f"the gradient of `{names()[index]}` is {gradient.dtype}, the parameter is {leaf.dtype}; cast it "
+                    "with `grad.to(param.dtype)`"
+                )
+            elif gradient.layout != torch.strided:
+                sparse.append(index)
+    for index in sparse:
+        found[index] = found[index].to_dense()
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._transforms import unseen
 from ..errors import HyperparameterError
 from ._arithmetic import add, is_zero, scaled, where, with_decay
 from ._hyperparameters import Range, has, is_nonzero, refuse_unknown
@@ -98,6 +99,8 @@ def _update_lists(
 
 def _added(xs: list[Tensor], ys: list[Tensor], scale: float) -> list[Tensor]:
     """``x + scale * y`` of each pair; as one operation where they are small, as its graph keeps all of them alive."""
-    if not torch.compiler.is_compiling() and sum(x.numel() for x in xs) <= LISTED:
+    with unseen():
+        small = not torch.compiler.is_compiling() and sum(x.numel() for x in xs) <= LISTED
+    if small:
         return list(_torch._foreach_add(xs, ys, alpha=scale))
     return [add(x, y, scale) for x, y in zip(xs, ys, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._transforms import transforming
+from .._transforms import transforming, unseen
 
 __all__: list[str] = []
 
@@ -92,8 +92,9 @@ class Work:
 
 def is_uniform(tensors: list[Tensor]) -> bool:
     """Whether all or none of them require gradients: else each result of an operation on the list would do so."""
-    first = tensors[0].requires_grad
-    return all(tensor.requires_grad is first for tensor in tensors)
+    with unseen():
+        first = tensors[0].requires_grad
+        return all(tensor.requires_grad is first for tensor in tensors)
 
 
 def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:
@@ -116,7 +117,8 @@ def _is_one_object(column: Sequence[Any]) -> bool:
 
 def by_kind(leaves: list[Tensor], members: list[int]) -> Iterable[tuple[bool, list[int]]]:
     """Complex leaves and real ones apart."""
-    on_pairs = [index for index in members if leaves[index].is_complex()]
+    with unseen():
+        on_pairs = [index for index in members if leaves[index].is_complex()]
     if on_pairs:
         yield True, on_pairs
         members = [index for index in members if index not in on_pairs]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .._transforms import levels, transforming
+from .._transforms import levels, transforming, unseen
 from ..errors import ModuleError
 from ._registry import rule
 
@@ -48,7 +48,8 @@ def _requires_grad(tensor: Tensor, *kind: Any) -> bool:
     when="always",
 )
 def _set_requires_grad(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    leaf = tensor.is_leaf and not transforming()
+    with unseen():
+        leaf = tensor.is_leaf and not transforming()
     if leaf or not isinstance(tensor, nn.Parameter) or tensor.requires_grad == requires_grad:
         return tensor.requires_grad_(requires_grad)
     raise ModuleError(

@@ -78,7 +78,7 @@ def _lined_up(tensor: Tensor, dim: int | None, ndim: int) -> Tensor:
 
 
 def _apply(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Standardized:
-    affine = [None if t is None else t.to(x.dtype) for t in (weight, bias)]
+    affine = [t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in (weight, bias)]
     out, _, _, mean, var = cast("tuple[Tensor, ...]", _Standardize.apply(x, *affine, dims, eps))
     return out, mean, var
 
@@ -107,10 +107,13 @@ class _Standardize(torch.autograd.Function):
         g, a, b, _, _ = grads
         needs = ctx.needs_input_grad[:3]
         shape = ctx.bias_shape if needs[2] else None
-        arguments = *ctx.saved_tensors, ctx.dims, shape, needs[0], needs[1]
-        first = g is not None and a is None and b is None  # as in the gradient of a loss, the rest in that of gradients
-        pull: Any = _Pull.apply if first and torch.is_grad_enabled() else _pulled
-        return (*pull(g, *arguments), None, None) if first else (*_pulled(g, *arguments, a, b), None, None)
+        arguments: tuple[Any, ...] = (g, *ctx.saved_tensors, ctx.dims, shape, needs[0], needs[1])
+        # In the gradient of a loss there is `g` alone; the others come up where gradients are differentiated.
+        if torch.is_grad_enabled() and g is not None and a is None and b is None:
+            found = cast("Any", _Pull).apply(*arguments)
+        else:
+            found = _pulled(*arguments, a=a, b=b)
+        return *cast("Any", found), None, None
 
 
 def _pulled(
@@ -161,8 +164,8 @@ def _constant(weight: Tensor, dims: list[int]) -> bool:
 class _Pull(torch.autograd.Function):
     """`_pulled`, which remembers its arguments only.
 
-    For gradients u of ``dx``, v of ``dweight`` and t of ``dbias``, where ``a = g * weight`` and P takes away the mean and
-    what is along y, ``P(u) = u - mean(u) - y * mean(u * y)``::
+    For gradients u of ``dx``, v of ``dweight`` and t of ``dbias``, with ``a = g * weight`` and the projection
+    ``P(u) = u - mean(u) - y * mean(u * y)``::
 
         dg = weight * r * P(u) + v * y + t          dy = v * g - r * (u * mean(a * y) + a * mean(u * y))
         dweight = sum(g * r * P(u))                 dr = sum(a * P(u))
