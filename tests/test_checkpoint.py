@@ -15,7 +15,7 @@ from loops import LOOPS, Run, of, quartic
 from problems import assert_close, fresh
 from torch import Tensor
 
-from statelessify import Unroll, adapt, adapt_tasks, optim, over_tasks
+from statelessify import Unroll, adapt, adapt_tasks, optim, over_tasks, stateless
 from statelessify._attach import vjp
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -222,3 +222,66 @@ def test_results_are_let_go_before_their_gradient_is_taken() -> None:
     pull = vjp(double, [torch.ones(3)], [True], once=True)[1]
     assert results[0]() is None
     assert pull([torch.ones(3), torch.ones(3)])[0].tolist() == [3.0, 3.0, 3.0]
+
+
+# What a carry requires ---------------------------------------------------------------------------------------------
+
+
+def norm_carry() -> tuple[Any, Any, Any]:
+    """Running statistics: new at every step, and never in need of a gradient."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    apply, params, buffers = stateless(module)
+
+    def loss(params: Any, carry: Any, batch: Any) -> tuple[Tensor, Any]:
+        out, carry = apply(params, carry, batch)
+        return out.sin().mean(), carry
+
+    return loss, fresh(params), buffers
+
+
+def chained_carry() -> tuple[Any, Any, Any]:
+    """A value that reaches the parameters' graph one link later at each step: only the third step's loss sees it."""
+
+    def loss(params: Any, carry: Any, batch: Any) -> tuple[Tensor, Any]:
+        value = ((params["w"] @ batch.mT).sin() * carry["last"]).mean()
+        new = {"first": params["w"].sum(), "middle": carry["first"] * 2, "last": carry["middle"].cos(), "seen": batch}
+        return value, new
+
+    zero = torch.zeros(())
+    return loss, {"w": torch.randn(2).requires_grad_()}, {"first": zero, "middle": zero, "last": zero, "seen": None}
+
+
+def needing_carry() -> tuple[Any, Any, Any]:
+    """A start that needs a gradient, beside one that does not."""
+
+    def loss(params: Any, carry: Any, batch: Any) -> tuple[Tensor, Any]:
+        value = ((params["w"] * carry["scale"]) @ batch.mT + carry["shift"]).sin().mean()
+        return value, {"scale": carry["scale"] * 0.9, "shift": carry["shift"] + 1, "count": carry["count"] + 1}
+
+    carry = {"scale": torch.rand(2).requires_grad_(), "shift": torch.zeros(()), "count": torch.tensor(0)}
+    return loss, {"w": torch.randn(2).requires_grad_()}, carry
+
+
+@EVERY
+@pytest.mark.parametrize("problem", [norm_carry, chained_carry, needing_carry])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_carry_requires_what_it_would_without_checkpoints(problem: Any, every: Any, constant: bool) -> None:
+    loss, params, carry = problem()
+    if problem is chained_carry:
+        carry["seen"] = torch.randn(4, 2)
+    if constant:  # only the rate needs a gradient
+        params = {name: value.detach() for name, value in params.items()}
+    rate, batch = torch.tensor(0.1, requires_grad=True), torch.randn(4, 2)
+    leaves = [t for t in [rate, *params.values(), *carry.values()] if t.requires_grad]
+    options: Any = {"optimizer": optim.sgd(lr=rate, momentum=0.9), "carry": carry}
+
+    def run(mode: Unroll, steps: int) -> tuple[dict[str, bool], Tensor]:
+        found = adapt(loss, params, batch, steps=steps, gradient=mode, **options)
+        value = loss(found.params, found.carry, batch)[0]  # in plain eager code, by the caller
+        return {name: value.requires_grad for name, value in found.carry.items()}, value
+
+    for steps in (1, 2, 3, 5):
+        (expected, value), (flags, again) = run(Unroll(), steps), run(Unroll(checkpoint_every=every), steps)
+        assert flags == expected
+        assert_close(again, value, TOLERANCE)
+        assert_close(grads(again, leaves), grads(value, leaves), TOLERANCE)

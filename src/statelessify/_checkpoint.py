@@ -17,16 +17,18 @@ from ._random import drawn_from, random_state
 from ._repeats import autocast_as, autocast_state, check_repeats, kept
 from ._split import Split, split
 from ._transforms import transforming
-from ._values import Values
+from ._tree import tree_leaves
+from ._values import Reach, Values
 from .rules._registry import rules_here
 
 __all__: list[str] = []
 
 
-def checkpointed(loop: Loop, state: State, indices: Sequence[int]) -> tuple[State, list[Tensor]]:
-    """Some steps, of which only what goes in is remembered."""
+def checkpointed(loop: Loop, state: State, indices: Sequence[int], reach: Reach) -> tuple[State, list[Tensor]]:
+    """Some steps, of which only what goes in is remembered; `reach` is shared by all steps of the loop."""
     begin = split(state)
-    values = Values(state)
+    # A carry may be constant though a step makes it anew, as running statistics are; the rest of the state is not.
+    values = Values(state, reach if tree_leaves(state.carry) and not transforming() else None)
     batches: list[Split] = []
     states: list[list[Tensor] | None] = []
     losses: list[Tensor] = []
@@ -37,8 +39,9 @@ def checkpointed(loop: Loop, state: State, indices: Sequence[int]) -> tuple[Stat
         losses.append(values.step(loop.step, batch))
         states.append(None if _same(before, random_state()) else before)
     last = split(values.state)
-    made = [t for t in last.tensors if values.handed_on(t) is None and (t.is_floating_point() or t.is_complex())]
-    made = list({id(tensor): tensor for tensor in made}.values())
+    needs = values.needs or [True] * len(last.tensors)
+    made = [t for t, needed in zip(last.tensors, needs, strict=True) if needed and values.handed_on(t) is None]
+    made = list({id(t): t for t in made if t.is_floating_point() or t.is_complex()}.values())
     tensors = [*begin.tensors, *(t for batch in batches for t in batch.tensors), *values.captures.found.values()]
     inputs = list({id(tensor): tensor for tensor in tensors}.values())
     positions = [next(i for i, t in enumerate(last.tensors) if t is tensor) for tensor in made]

@@ -13,7 +13,7 @@ from ._loop import Loop, State, unrolled
 from ._lost import warn_of_lost
 from ._split import split
 from ._transforms import forward_mode
-from ._values import Values
+from ._values import Reach, Values
 from .errors import HyperparameterError
 
 __all__ = ["FirstOrder", "Unroll"]
@@ -78,9 +78,13 @@ class Unroll:
         # Forward mode keeps nothing that could be saved, and a compiled step is computed again as it is.
         plain = self.checkpoint_every is None or not recording or forward_mode()
         plain = plain or loop.compiled is not None or torch.compiler.is_compiling()
+        reach: Reach = {}
         for start in range(first, steps, every):
             indices = range(start, min(start + every, steps))
-            state, values = unrolled(loop, state, indices, True) if plain else checkpointed(loop, state, indices)
+            if plain:
+                state, values = unrolled(loop, state, indices, True)
+            else:
+                state, values = checkpointed(loop, state, indices, reach)
             losses += values
         if first:
             results = [t for t in (*split(state).tensors, *losses[first:]) if t.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -21,6 +22,9 @@ __all__: list[str] = []
 
 
 EARLIER = " of an earlier step"
+Needs = tuple[bool, ...]
+Reach = dict[tuple[Needs, Needs], Needs]
+"""Which tensors of a state and a batch need a gradient, and which ones of the next state do then."""
 
 
 class Values:
@@ -29,10 +33,14 @@ class Values:
     Attributes:
         state: the state, whose tensors are constants.
         captures: the tensors from outside that the steps have read and that need a gradient.
+        needs: which tensors of the state would need a gradient if the steps were differentiated. None unless a dict
+            `reach` is given, which remembers what has been learnt from one step for all that begin like it.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, reach: Reach | None = None) -> None:
         begin = split(state)
+        self._reach = reach
+        self.needs: Needs | None = None if reach is None else tuple(tensor.requires_grad for tensor in begin.tensors)
         constants = detached(begin.tensors)
         self._own = {id(constant): own for constant, own in zip(constants, begin.tensors, strict=True)}
         self._constants = constants  # held, so that the numbers by which they are known stay theirs
@@ -43,15 +51,26 @@ class Values:
 
     def step(self, step: Step, batch: Any) -> Tensor:
         """Take one step; its loss."""
-        parts = split(batch)
-        given = detached(parts.tensors)
-        constants = parts.joined(given)
-        self.captures.new_step([*split(self.state).tensors, *given])
+        parts, own = split(batch), split(self.state)
+        given, tensors = detached(parts.tensors), own.tensors
+        begin = (self.needs or (), tuple(tensor.requires_grad for tensor in parts.tensors))
+        record = self._reach is not None and begin not in self._reach
+        if record:
+            tensors = detached(tensors)
+            for tensor, needed in zip((*tensors, *given), itertools.chain(*begin), strict=True):
+                tensor.requires_grad_(needed)
+        self.captures.new_step([*tensors, *given])
         # The rules of the run that is differentiated hold here too, so that both have the same values.
-        with torch.no_grad(), self.captures, nullcontext() if transforming() else rules("gradients"):
-            state, value = step(self.state, constants, False)
+        with torch.set_grad_enabled(record), self.captures, nullcontext() if transforming() else rules("gradients"):
+            state, value = step(own.joined(tensors), parts.joined(given), record)
         new = split(state)
-        self.state = new.joined([t if id(t) in self._own else t.detach() for t in new.tensors])
+        if self._reach is not None:
+            if record:
+                self._reach[begin] = tuple(tensor.requires_grad for tensor in new.tensors)
+            self.needs = self._reach[begin]
+        same = {id(tensor): constant for tensor, constant in zip(tensors, own.tensors, strict=True)}
+        results = [same.get(id(tensor), tensor) for tensor in new.tensors]
+        self.state = new.joined([t if id(t) in self._own else t.detach() for t in results])
         self.captures.new_step()
         return value.detach()
 
