@@ -1,0 +1,67 @@
+"""Trees as Python code, for the line of an error message that reproduces it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+LONGEST = 400
+"""Characters of code beyond which nobody would paste it."""
+
+
+def paste(tree: Any) -> str:
+    """An expression that makes the tree again, exactly, where ``torch`` is imported; what is too long is outlined."""
+    code = _code(tree)
+    return code if len(code) <= LONGEST else _outline(tree)
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_code(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return f"{type(value).__name__}({', '.join(map(_code, value))})"
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{_code(item)}, " for item in value).rstrip(" " if len(value) == 1 else ", ") + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_code, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def _tensor(tensor: Tensor) -> str:
+    if tensor.numel() == 0:
+        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype})"
+    if tensor.numel() > LONGEST:
+        return _outline(tensor) + " " * LONGEST  # too long, without the time that writing it takes
+    return f"torch.tensor({_code(tensor.detach().resolve_conj().tolist())}, dtype={tensor.dtype})"
+
+
+def _outline(value: Any) -> str:
+    """The tree with a shape in place of each tensor."""
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"<{kind} tensor {tuple(value.shape)}>"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_outline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_outline, value))})"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def entry(tensor: Tensor, index: tuple[int, ...]) -> str:
+    """One entry with all its digits."""
+    value = tensor[index].item()
+    return (
+        repr(value)
+        if tensor.dtype in (torch.float64, torch.complex128) or not tensor.is_floating_point()
+        else (f"{value:.9g}")
+    )
