@@ -130,9 +130,10 @@ class Chunks:
             return
         self._warned = True
         warnings.warn(
-            f"{tasks} tasks of `{self._name}` take {need:,} bytes, more than the budget of {self._budget:,}: they run "
-            "one at a time, and what remains is one task's own memory, the results, and the graph where one is "
-            "recorded (`checkpoint_every` keeps less of it); write a larger `memory_budget`, or pass fewer tasks",
+            f"{tasks} tasks of `{self._name}` take {need:,} bytes, more than the budget of {self._budget:,}: chunks "
+            "from here on are smaller where they can be, and what remains is one task's own memory, the results, and "
+            "the graph where one is recorded (`checkpoint_every` keeps less of it); write a larger `memory_budget`, or "
+            "pass fewer tasks",
             stacklevel=6,
         )
 
