@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
@@ -16,24 +15,13 @@ from conformance_report import zoo_record as zoo_record
 from hypothesis import settings
 
 from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
+from statelessify.testing import strategies as strategies  # hypothesis seeds torch from here on
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None)
 default_profile = "ci" if os.environ.get("CI") == "true" else "dev"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default_profile))
-
-
-class TorchRandom:
-    """Lets hypothesis seed torch before every example, as it does for `random` and numpy."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
-hypothesis.register_random(TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,9 @@
      │    └── FastWeightsIndexError (also IndexError)  too few or too many of them, or a time that there is not
      ├── OptimizerError (TypeError, ValueError)  an optimizer of torch that has no pure form
      ├── LossError (ValueError)                  a loss that is not one real number per task
-     └── HyperparameterError (ValueError)        a value that no optimizer can use
-          └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
+     ├── HyperparameterError (ValueError)        a value that no optimizer can use
+     │    └── HyperparameterNameError (also TypeError)  a hyperparameter that does not exist
+     └── MissingExtraError (ImportError)         a package that an optional part needs
 
 Each is also the built-in that a caller would expect, so ``except ValueError`` goes on working. Each says what is
 wrong, what was given, and what to write instead.
@@ -43,6 +44,7 @@ __all__ = [
     "LateUseError",
     "LazyModuleError",
     "LossError",
+    "MissingExtraError",
     "ModuleError",
     "MutationError",
     "NamesError",
@@ -156,3 +158,7 @@ class HyperparameterError(StatelessifyError, ValueError):
 
 class HyperparameterNameError(HyperparameterError, TypeError):
     """A hyperparameter that the optimizer does not have."""
+
+
+class MissingExtraError(StatelessifyError, ImportError):
+    """A part of the library whose packages are optional, without them; the message says what to install."""

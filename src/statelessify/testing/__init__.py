@@ -1,5 +1,55 @@
-"""Property tests of meta-learning code: hypothesis strategies, and checks that say which entry is wrong."""
+"""Property tests of meta-learning code: hypothesis strategies, and checks that say which entry is wrong.
 
-from ._close import assert_trees_close
+    from hypothesis import given
+    from statelessify.testing import check_grads, tensors
 
-__all__ = ["assert_trees_close"]
+    @given(tensors(shape=(3,)))
+    def test_gradient(x):
+        check_grads(my_loss, x)
+
+The checks need torch alone; the strategies need hypothesis, which ``pip install statelessify[testing]`` brings. Both
+are imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from ._close import assert_trees_close
+    from ._unmutated import unmutated
+
+_CHECKS = ("assert_trees_close", "unmutated")
+_STRATEGIES: tuple[str, ...] = ()
+
+__all__ = [
+    "assert_trees_close",
+    "unmutated",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("checks", "strategies") or name in _STRATEGIES:
+        home = _part("checks" if name == "checks" else "strategies")
+        return home if name in ("checks", "strategies") else getattr(home, name)
+    if name in _CHECKS:
+        return getattr(_part("checks"), name)
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
+
+def _part(name: str) -> Any:
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise MissingExtraError(
+            f"`{__name__}.{name}` needs hypothesis, which is not installed: pip install 'statelessify[testing]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

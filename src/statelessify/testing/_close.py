@@ -25,10 +25,15 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 
 class Worst(NamedTuple):
-    """The entry of a leaf that is farthest outside its tolerance."""
+    """The entry of a leaf that is farthest outside its tolerance.
 
-    index: tuple[int, ...]
-    count: int
+    Attributes:
+        at: its index.
+        outside: how many entries are.
+    """
+
+    at: tuple[int, ...]
+    outside: int
 
 
 def assert_trees_close(
@@ -105,12 +110,12 @@ def _complaint(
     found = worst(a, b, rtol, atol, equal_nan)
     if found is None:
         return None
-    left, right = entry(a.detach(), found.index), entry(b.detach(), found.index)
-    difference = abs(_wide(a)[found.index] - _wide(b)[found.index]).item()
-    allowed = atol + rtol * abs(_wide(b)[found.index]).item()
-    where = f"at {list(found.index)}: " if found.index else ""
+    left, right = entry(a.detach(), found.at), entry(b.detach(), found.at)
+    difference = abs(_wide(a)[found.at] - _wide(b)[found.at]).item()
+    allowed = atol + rtol * abs(_wide(b)[found.at]).item()
+    where = f"at {list(found.at)}: " if found.at else ""
     return (
-        f"{found.count} of {a.numel()} entries differ\n"
+        f"{found.outside} of {a.numel()} entries differ\n"
         f"  worst {where}{names[0]} {left}, {names[1]} {right} (difference {difference:.2g}, allowed {allowed:.2g})"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +24,21 @@ def _code(value: Any) -> str:
     if isinstance(value, Tensor):
         return _tensor(value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_code(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return f"{type(value).__name__}({', '.join(map(_code, value))})"
-    if isinstance(value, tuple):
-        return "(" + "".join(f"{_code(item)}, " for item in value).rstrip(" " if len(value) == 1 else ", ") + ")"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_code, value)) + "]"
+        return "{" + ", ".join(f"{key!r}: {_code(item)}" for key, item in cast("dict[Any, Any]", value).items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return _sequence(cast("list[Any]", value))
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return repr(value)
+
+
+def _sequence(values: list[Any] | tuple[Any, ...]) -> str:
+    inside = ", ".join(map(_code, values))
+    if isinstance(values, list):
+        return f"[{inside}]"
+    if hasattr(values, "_fields"):
+        return f"{type(values).__name__}({inside})"
+    return f"({inside},)" if len(values) == 1 else f"({inside})"
 
 
 def _tensor(tensor: Tensor) -> str:
@@ -50,9 +55,12 @@ def _outline(value: Any) -> str:
         kind = str(value.dtype).removeprefix("torch.")
         return f"<{kind} tensor {tuple(value.shape)}>"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_outline(item)}" for key, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{key!r}: {_outline(item)}" for key, item in cast("dict[Any, Any]", value).items()) + "}"
+        )
     if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(map(_outline, value))})"
+        items = cast("list[Any]", value)
+        return f"{type(items).__name__}({', '.join(map(_outline, items))})"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -60,8 +68,5 @@ def _outline(value: Any) -> str:
 def entry(tensor: Tensor, index: tuple[int, ...]) -> str:
     """One entry with all its digits."""
     value = tensor[index].item()
-    return (
-        repr(value)
-        if tensor.dtype in (torch.float64, torch.complex128) or not tensor.is_floating_point()
-        else (f"{value:.9g}")
-    )
+    single = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return f"{value:.9g}" if single else repr(value)
