@@ -152,7 +152,7 @@ def _change(before: Seen, now: Any) -> str | None:
             return f"had shape {tuple(before.copy.shape)}, has {tuple(now.shape)}"
         copy = cast("Tensor | None", before.copy)
         found = None if copy is None else worst(now, copy, 0.0, 0.0, equal_nan=True)
-        if found is not None:
+        if copy is not None and found is not None:
             was, is_now = entry(copy, found.at), entry(now.detach(), found.at)
             where = f"at {list(found.at)} " if found.at else ""
             return f"{where}was {was}, is {is_now} ({found.outside} of {now.numel()} entries changed)"
