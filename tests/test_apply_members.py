@@ -39,11 +39,16 @@ def filled(grads: Any, wanted: Any) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g.to_dense() for t, g in zip(wanted, grads, strict=True)]
 
 
+def bounded(grad: Tensor) -> Tensor:
+    """Not linear, and well-conditioned for gradients of thousands, as some members have: sin(g) would lose digits."""
+    return (grad / 100).sin()
+
+
 def second_order(value: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     """The derivative of a function of all first derivatives."""
     first = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
     reached = [g for g in first if g is not None and g.requires_grad]
-    second = torch.autograd.grad(total([g.sin() for g in reached]), wanted, allow_unused=True) if reached else first
+    second = torch.autograd.grad(total([bounded(g) for g in reached]), wanted, allow_unused=True) if reached else first
     return [*filled(first, wanted), *filled(second, wanted)]
 
 
@@ -84,7 +89,7 @@ def test_functional_second_derivatives_are_those_of_the_module(member: Member) -
 
     def slopes(params: Any) -> Any:
         first = grad(lambda p: total(seeded(apply, p, buffers, x, **member.kwargs)[0]) ** 2)(params)
-        return total([g.sin() for g in first.values()]), first
+        return total([bounded(g) for g in first.values()]), first
 
     second, first = grad(slopes, has_aux=True)({name: tensor.detach() for name, tensor in own.items()})
     close([*first.values(), *second.values()], expected)

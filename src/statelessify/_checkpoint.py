@@ -17,7 +17,6 @@ from ._random import drawn_from, random_state
 from ._repeats import autocast_as, autocast_state, check_repeats, kept
 from ._split import Split, split
 from ._transforms import transforming
-from ._tree import tree_leaves
 from ._values import Reach, Values
 from .rules._registry import rules_here
 
@@ -28,7 +27,7 @@ def checkpointed(loop: Loop, state: State, indices: Sequence[int], reach: Reach)
     """Some steps, of which only what goes in is remembered; `reach` is shared by all steps of the loop."""
     begin = split(state)
     # A carry may be constant though a step makes it anew, as running statistics are; the rest of the state is not.
-    values = Values(state, reach if tree_leaves(state.carry) and not transforming() else None)
+    values = Values(state, reach if split(state.carry).tensors and not transforming() else None)
     batches: list[Split] = []
     states: list[list[Tensor] | None] = []
     losses: list[Tensor] = []
