@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from statelessify.testing._unmutated import Watch
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "dev": {"max_examples": 25},
+    "dev": {"max_examples": 25, "derandomize": False},
     "ci": {"max_examples": 100, "derandomize": True, "print_blob": True},
-    "deep": {"max_examples": 2000},
+    "deep": {"max_examples": 2000, "derandomize": False},
 }
-"""Examples of each property: while one writes it, on each commit, overnight. None has a deadline."""
+"""Examples of each property: while one writes it, on each commit, overnight. None has a deadline.
+
+`derandomize` is said each time: left out, hypothesis takes it from the environment, where it may find a CI.
+"""
 
 WATCHES = pytest.StashKey[list["Watch"]]()
 

@@ -17,9 +17,9 @@ from hypothesis import settings
 from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
 from statelessify.testing import strategies as strategies  # hypothesis seeds torch from here on
 
-settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("dev", max_examples=25, deadline=None, derandomize=False)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
-settings.register_profile("deep", max_examples=2000, deadline=None)
+settings.register_profile("deep", max_examples=2000, deadline=None, derandomize=False)
 default_profile = "ci" if os.environ.get("CI") == "true" else "dev"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default_profile))
 

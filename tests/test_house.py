@@ -40,7 +40,7 @@ def test_all_names_exactly_what_is_public(module_name: str) -> None:
 
 def _looks_public(module: ModuleType, name: str) -> bool:
     """A package offers all that it binds, save submodules (an import binds them); a file what it defines."""
-    if name.startswith("_"):
+    if name.startswith(("_", "@")):  # "@": what pytest writes into the modules of a package that has a plugin
         return False
     value = getattr(module, name)
     origin = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", module.__name__)
