@@ -17,7 +17,7 @@ BLIND = (
         return tensor.clone()
     return tensor * one""",
         symptom="A call in training mode counts up `num_batches_tracked` in the caller's own dict of buffers.",
-        public="stateless, a batch norm in training mode: buffers before and after the call, two calls with the same ones",
+        public="stateless, a batch norm in training mode: buffers before and after the call, two calls with them",
     ),
     Planted(
         name="slope of the inverse deviation scaled twice",
@@ -29,7 +29,7 @@ BLIND = (
         dr = (a * p).sum(dims, keepdim=True)
 """,
         symptom="Meta-gradients through a norm are wrong; outputs and first gradients are right.",
-        public="adapt with Unroll, a layer or batch norm behind another trained layer, gradient of the initial parameters",
+        public="adapt with Unroll, a layer or batch norm behind a trained layer, gradient of the initial parameters",
     ),
     Planted(
         name="attention inputs that are one tensor",
