@@ -21,12 +21,18 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
+    from .checks import check_grads
 
-_CHECKS = ("assert_trees_close", "unmutated")
+_CHECKS = (
+    "assert_trees_close",
+    "check_grads",
+    "unmutated",
+)
 _STRATEGIES: tuple[str, ...] = ()
 
 __all__ = [
     "assert_trees_close",
+    "check_grads",
     "unmutated",
 ]
 

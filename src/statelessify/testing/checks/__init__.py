@@ -2,8 +2,10 @@
 
 from .._close import assert_trees_close
 from .._unmutated import unmutated
+from ._grads import check_grads
 
 __all__ = [
     "assert_trees_close",
+    "check_grads",
     "unmutated",
 ]
