@@ -21,11 +21,12 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads
+    from .checks import check_grads, check_stateless
 
 _CHECKS = (
     "assert_trees_close",
     "check_grads",
+    "check_stateless",
     "unmutated",
 )
 _STRATEGIES: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ _STRATEGIES: tuple[str, ...] = ()
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_stateless",
     "unmutated",
 ]
 

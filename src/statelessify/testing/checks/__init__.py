@@ -3,9 +3,11 @@
 from .._close import assert_trees_close
 from .._unmutated import unmutated
 from ._grads import check_grads
+from ._stateless import check_stateless
 
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_stateless",
     "unmutated",
 ]

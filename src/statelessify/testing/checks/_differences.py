@@ -26,8 +26,11 @@ NEARLY = 100.0
 MARGIN = 10.0
 """A residual counts only if it is so many times the error of the differences."""
 
-NOISE_STEPS = (0.8 * 2**-14, 0.7 * 2**-18, 0.9 * 2**-22, 0.6 * 2**-26, 0.9 * 2**-34)
-"""No powers of 2: steps that rounding divides evenly hide it."""
+NOISE_STEPS = (0.8 * 2**-12, 0.8 * 2**-16, 0.8 * 2**-20, 0.8 * 2**-24, 0.8 * 2**-32)
+"""How far around the point values are taken to see their noise."""
+
+NOISE_PLACES = tuple(2 * (k * 0.6180339887498949 % 1) - 1 for k in range(11))
+"""Where within them; irregular, for rounding divides regular steps evenly, and the noise would not show."""
 
 
 def length(x: Tensor) -> Tensor:
@@ -147,22 +150,18 @@ def estimate(
 
 
 def _noise(line: Line, view: View, like: Tensor) -> Tensor:
-    """How much the values scatter between points so close that a smooth function is a line there.
-
-    From tables of differences of seven values: J. Moré and S. Wild, Estimating computational noise (SISC 2011).
-    """
+    """How much the values scatter about a cubic, between points so close that a smooth function is one there."""
+    places = torch.tensor(NOISE_PLACES, dtype=like.dtype)
+    cubics = torch.linalg.qr(torch.linalg.vander(places, N=4))[0].to(like.device)
+    freedom = len(NOISE_PLACES) - 4
     found = torch.zeros_like(like)
     for step in NOISE_STEPS:
         try:
-            table = torch.stack([view(line.at(k * step)) for k in range(-3, 4)])
+            values = torch.stack([view(line.at(place * step)) for place in NOISE_PLACES])
         except Exception:
             continue
-        scatter = torch.zeros_like(like)
-        for order in range(1, 7):
-            table = table[1:] - table[:-1]
-            if order >= 4:
-                factor = math.factorial(order) ** 2 / math.factorial(2 * order)
-                scatter = torch.maximum(scatter, (factor * table.square().mean(0)).sqrt())
+        values = values - values[0]
+        scatter = (values - cubics @ (cubics.T @ values)).square().sum(0).div(freedom).sqrt()
         found = torch.where(scatter.isfinite(), torch.maximum(found, scatter), found)
     return found
 
