@@ -1,9 +1,10 @@
 from __future__ import annotations
-from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from statelessify.testing.strategies import Buffered, Chain, Indices, Residual, Shared, Single, Tied, seeded
+
+from statelessify.testing.strategies import Buffered, Indices, Residual, Shared, Single, Tied, seeded
 
 
 def layers(n):

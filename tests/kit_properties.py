@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kit_interim import inputs_for, modules
 from torch import Tensor, nn
 
-from statelessify import implicit
+from statelessify import Implicit, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
-from statelessify.testing import check_grads, check_stateless
+from statelessify.testing.checks import check_grads, check_meta_grads, check_modes, check_over_tasks, check_stateless
+from statelessify.testing.strategies import inputs_for, modules, optimizers, problems
 
 PROPERTIES: dict[str, Callable[[], None]] = {}
 
@@ -95,17 +95,142 @@ def stateless(module: nn.Module, data: st.DataObject) -> None:
 
 
 @property_of
-@given(st.one_of(calls()))
+@given(calls())
 def module_grads(drawn: tuple[nn.Module, Tensor]) -> None:
     module, x = drawn
     apply, params, buffers = make_stateless(module, params="detach")
-    check_grads(
-        lambda tree: apply(tree["params"], buffers, tree["x"])[0],
-        {"params": params, "x": x},
-        order=2,
-        modes=("reverse",),
-        entries=1,
+
+    def call(tree: dict[str, Any]) -> Any:
+        return apply(tree["params"], buffers, tree["x"])[0]
+
+    check_grads(call, {"params": params, "x": x}, order=2, modes=("reverse",), entries=1)
+
+
+@st.composite
+def many_tasks(draw: st.DrawFn) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    """A module and its inputs for each of some tasks."""
+    if draw(st.booleans()):
+        module, x = draw(calls())
+        return module, [(x * scale,) for scale in draw(_SCALES)]
+    module = draw(modules())
+    one = draw(inputs_for(module))
+    batch = one[0].shape[0]
+    return module, [one, *(draw(inputs_for(module, batch=batch)) for _ in range(draw(st.integers(0, 2))))]
+
+
+_SCALES = st.lists(st.sampled_from([1.0, -0.5, 2.0]), min_size=1, max_size=3)
+
+
+def _varied(tree: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
+    """Values for each task, the first ones as given."""
+    factors = 1 + 0.25 * torch.arange(tasks)
+    return {
+        name: torch.stack([(value * factor).to(value.dtype) for factor in factors]) for name, value in tree.items()
+    }
+
+
+@property_of
+@given(many_tasks(), st.booleans(), st.booleans(), st.sampled_from(["different", "same"]), st.data())
+def over_tasks(
+    drawn: tuple[nn.Module, list[tuple[Tensor, ...]]],
+    own_params: bool,
+    own_buffers: bool,
+    randomness: Any,
+    data: st.DataObject,
+) -> None:
+    module, rows = drawn
+    apply, params, buffers = make_stateless(module, params="detach", buffers="detach")
+    tasks = len(rows)
+    params, buffers = (
+        _varied(tree, tasks) if own else dict(tree) for tree, own in ((params, own_params), (buffers, own_buffers))
     )
+    inputs: list[Tensor] = []
+    dims: list[int] = []
+    for column in zip(*rows, strict=True):
+        dims.append(data.draw(st.integers(-column[0].ndim - 1, column[0].ndim)))
+        inputs.append(torch.stack(column, dims[-1]))
+    in_dims = (0 if own_params and params else None, 0 if own_buffers and buffers else None, *dims)
+    check_over_tasks(apply, params, buffers, *inputs, in_dims=in_dims, randomness=randomness)
+
+
+# Inner loops ---------------------------------------------------------------------------------------------------------
+
+_TRANSFORMS = st.sampled_from([None, None, optim.clip_by_global_norm(0.5), optim.normalize(0.1)])
+
+
+def _of_task(batch: Any, task: int) -> Any:
+    return tuple(leaf[task] for leaf in batch)
+
+
+@property_of
+@given(problems(dtype=torch.float64, smooth=True, max_tasks=3), st.integers(0, 3), _TRANSFORMS, st.data())
+def adapt_many(problem: Any, steps: int, transform: Any, data: st.DataObject) -> None:
+    loss, params, supports, _, _ = problem
+    optimizer = data.draw(optimizers(smooth=True, params=params))
+    options: Any = {"optimizer": optimizer, "steps": steps, "grad_transform": transform}
+
+    def one(params: Any, batch: Any) -> Any:
+        adapted = adapt(loss, params, batch, **options)
+        return adapted.params, adapted.losses, adapted.opt_state.slots
+
+    def many(params: Any, batches: Any) -> Any:
+        adapted = adapt_tasks(loss, params, batches, chunk_size=chunk_size, **options)
+        return adapted.params, adapted.losses, adapted.opt_state.slots
+
+    chunk_size = data.draw(st.sampled_from([None, 1, 2]))
+    mapped = data.draw(st.sampled_from([many, None]))
+    check_over_tasks(one, params, supports, mapped=mapped)
+
+
+@property_of
+@given(problems(dtype=torch.float64, smooth=True, max_tasks=1), st.integers(1, 3), _TRANSFORMS, st.data())
+def meta_grads(problem: Any, steps: int, transform: Any, data: st.DataObject) -> None:
+    loss, params, supports, queries, _ = problem
+    optimizer = data.draw(optimizers(smooth=True, params=params))
+    order = data.draw(st.sampled_from([1, 1, 2]))
+    options: Any = {"optimizer": optimizer, "steps": steps}
+    if transform is not None:
+
+        def clipped(params: Any, support: Any) -> Any:
+            return adapt(loss, params, support, grad_transform=transform, **options).params
+
+        check_meta_grads(
+            loss, params, _of_task(supports, 0), _of_task(queries, 0), adapt=clipped, order=order, entries=1
+        )
+        return
+    check_meta_grads(loss, params, _of_task(supports, 0), _of_task(queries, 0), order=order, entries=1, **options)
+
+
+@property_of
+@given(problems(dtype=torch.float64, smooth=True, max_tasks=1), st.integers(1, 3), st.booleans(), st.data())
+def modes(problem: Any, steps: int, settled: bool, data: st.DataObject) -> None:
+    loss, params, supports, queries, _ = problem
+    learned = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    anchor = {name: (value + 0.1).requires_grad_() for name, value in params.items()}
+
+    def closing(params: Any, batch: Any) -> Tensor:
+        apart = torch.stack([(value - anchor[name]).square().sum() for name, value in params.items()]).sum()
+        return loss(params, batch) + learned.exp() * apart
+
+    chosen = data.draw(st.sampled_from([loss, closing]))
+    if settled:
+        optimizer: Any = optim.sgd(lr=0.1)
+        kinds: Any = [Implicit(solve=implicit.dense)]
+    else:
+        optimizer, kinds = data.draw(optimizers(smooth=True, params=params)), None
+    check_modes(
+        closing if settled else chosen,
+        params,
+        _of_task(supports, 0),
+        _of_task(queries, 0),
+        optimizer=optimizer,
+        steps=steps,
+        modes=kinds,
+        tasks=2,
+    )
+
+
+# Solves --------------------------------------------------------------------------------------------------------------
 
 
 def _matrix(theta: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ TASKS = (
         new="values = torch.stack(tuple(losses)) if losses",
         symptom="`adapted.losses` has its two dimensions swapped.",
         public="adapt_tasks, losses",
-        check="adapt_tasks",
+        check="adapt_many",
     ),
     Planted(
         name="schedules of many tasks are a step late",
@@ -159,7 +159,7 @@ TASKS = (
         new="at_step(state.hyperparameters[name], (state.step - 1).clamp(min=0)) for name",
         symptom="`adapt_tasks` takes the rate of the step before.",
         public="adapt_tasks with a callable of the step as lr, two steps or more",
-        check="adapt_tasks",
+        check="adapt_many",
     ),
     Planted(
         name="steps are counted in float32",
@@ -168,7 +168,7 @@ TASKS = (
         new="        exponent = exponent.to(torch.float32)",
         symptom="Inside transforms bias corrections of Adam are right to five digits only.",
         public="over_tasks of a function that calls adapt with optim.adam",
-        check="adapt_tasks",
+        check="adapt_many",
     ),
     Planted(
         name="inner gradients are constants inside transforms",
@@ -177,7 +177,7 @@ TASKS = (
         new="    if differentiable:\n        return values, aux, tree_detach(grads)",
         symptom="`torch.func.grad` through `adapt`, and `over_tasks` of it, give the first-order meta-gradient.",
         public="over_tasks of a function that calls adapt, meta-gradients",
-        check="adapt_tasks",
+        check="adapt_many",
     ),
 )
 
