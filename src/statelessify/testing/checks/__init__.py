@@ -3,11 +3,15 @@
 from .._close import assert_trees_close
 from .._unmutated import unmutated
 from ._grads import check_grads
+from ._meta_grads import check_meta_grads
+from ._modes import check_modes
 from ._stateless import check_stateless
 
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_meta_grads",
+    "check_modes",
     "check_stateless",
     "unmutated",
 ]
