@@ -21,13 +21,14 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads, check_meta_grads, check_modes, check_stateless
+    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_stateless
 
 _CHECKS = (
     "assert_trees_close",
     "check_grads",
     "check_meta_grads",
     "check_modes",
+    "check_optimizer",
     "check_stateless",
     "unmutated",
 )
@@ -38,6 +39,7 @@ __all__ = [
     "check_grads",
     "check_meta_grads",
     "check_modes",
+    "check_optimizer",
     "check_stateless",
     "unmutated",
 ]

@@ -5,6 +5,7 @@ from .._unmutated import unmutated
 from ._grads import check_grads
 from ._meta_grads import check_meta_grads
 from ._modes import check_modes
+from ._optimizer import check_optimizer
 from ._stateless import check_stateless
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "check_grads",
     "check_meta_grads",
     "check_modes",
+    "check_optimizer",
     "check_stateless",
     "unmutated",
 ]

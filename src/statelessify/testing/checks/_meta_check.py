@@ -29,7 +29,7 @@ from ._inner import (
 )
 from ._probe import is_inexact, own_leaves, plain
 from ._real import RealFunction, check_repeatable
-from ._routes import Routes, assert_near, near, silent
+from ._routes import Routes, assert_near, check_func, near, silent
 from ._verify import verify
 
 __all__: list[str] = []
@@ -136,7 +136,7 @@ class MetaCheck:
             return
         named = settings._replace(grads="autograd")
         verify(RealFunction(expected, moving, "loss"), 1, ("reverse",), routes.autograd, named)
-        self._check_func(tree, routes, note)
+        check_func(routes, tree, self.adapt is None and type(self.mode) is Unroll, note)
         if self.order == 2:
             verify(RealFunction(self.value, tree, "loss"), 2, ("reverse",), None, named)
 
@@ -216,23 +216,6 @@ class MetaCheck:
                     words = f"it has taken {other} steps, not {self.steps}"
                     raise AssertionError(f"the adapted parameters are wrong: {words}\n  {error}") from None
             raise AssertionError(f"the adapted parameters are wrong: {error}") from None
-
-    def _check_func(self, tree: Any, routes: Routes, note: str) -> None:
-        """The same gradient by `torch.func.grad`, where the code can run under it."""
-        try:
-            found = routes.func(tree)
-        except Exception:
-            if self.adapt is None and type(self.mode) is Unroll:
-                raise
-            return
-        expected = routes.autograd(tree)
-        names = ("`torch.func.grad`", "autograd")
-        for name in expected:
-            pair = [tree_map(lambda g: 0.0 if g is None else g, part[name]) for part in (found, expected)]
-            try:
-                assert_near({name: pair[0]}, {name: pair[1]}, names, note)
-            except AssertionError as error:
-                raise AssertionError(f"the meta-gradient by `torch.func.grad` is wrong: {error}") from None
 
     def _check_given(self, tree: Any, expected: Callable[[Any], Tensor], settings: Settings) -> None:
         assert self.grads is not None

@@ -63,6 +63,22 @@ def _zeros(leaf: Any, grad: Any) -> Any:
     return torch.zeros_like(leaf) if grad is None else grad.detach()
 
 
+def check_func(routes: Routes, tree: Any, required: bool, note: str) -> None:
+    """The gradient by `torch.func.grad` is that of autograd, where the code can run under it."""
+    try:
+        found = routes.func(tree)
+    except Exception:
+        if required:
+            raise
+        return
+    expected = routes.autograd(tree)
+    for name in expected:
+        try:
+            assert_near({name: found[name]}, {name: expected[name]}, ("`torch.func.grad`", "autograd"), note)
+        except AssertionError as error:
+            raise AssertionError(f"the derivative by `torch.func.grad` is wrong: {error}") from None
+
+
 def assert_near(found: Any, expected: Any, names: tuple[str, str], note: str = "") -> None:
     """Equal up to rounding, relative to the size of each leaf."""
     sizes = [float(leaf.detach().abs().max()) for leaf in tree_leaves(expected) if is_inexact(leaf) and leaf.numel()]
