@@ -124,9 +124,7 @@ _SCALES = st.lists(st.sampled_from([1.0, -0.5, 2.0]), min_size=1, max_size=3)
 def _varied(tree: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
     """Values for each task, the first ones as given."""
     factors = 1 + 0.25 * torch.arange(tasks)
-    return {
-        name: torch.stack([(value * factor).to(value.dtype) for factor in factors]) for name, value in tree.items()
-    }
+    return {name: torch.stack([(value * factor).to(value.dtype) for factor in factors]) for name, value in tree.items()}
 
 
 @property_of
