@@ -1,14 +1,19 @@
-"""One property for each check of the kit, over whatever its strategies draw."""
+"""One property for each check of the kit, over whatever its strategies draw.
+
+A property has strata, each with its share of the examples: hypothesis draws many that are much alike, and of 100
+modules from all families few have a batch norm in training.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import hypothesis
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,12 +22,40 @@ from statelessify import stateless as make_stateless
 from statelessify.testing.checks import check_grads, check_meta_grads, check_modes, check_over_tasks, check_stateless
 from statelessify.testing.strategies import inputs_for, modules, optimizers, problems
 
-PROPERTIES: dict[str, Callable[[], None]] = {}
+Strata = Mapping[str, st.SearchStrategy[Any]]
+
+PROPERTIES: dict[str, dict[str, Callable[[], None]]] = {}
+"""Name of a property -> its strata, each a test without arguments."""
 
 
-def property_of(test: Callable[[], None]) -> Callable[[], None]:
-    PROPERTIES[test.__name__] = test
-    return test
+SHARES: dict[str, int] = {}
+"""How many strata share the examples of a property: fewer than there are, where an example is cheap."""
+
+
+def property_over(
+    strata: Strata, shares: int | None = None
+) -> Callable[[Callable[[Any, st.DataObject], None]], Callable[..., None]]:
+    """Register a property ``holds(drawn, data)`` under its name, for each stratum."""
+
+    def register(holds: Callable[[Any, st.DataObject], None]) -> Callable[..., None]:
+        PROPERTIES[holds.__name__] = {name: given(drawn, st.data())(holds) for name, drawn in strata.items()}
+        SHARES[holds.__name__] = shares or len(strata)
+        return holds
+
+    return register
+
+
+def run(name: str, stratum: str, examples: int, *, seed: int | None = None, **options: Any) -> int:
+    """Try a stratum's share of the examples of a property; how many it is."""
+    strata = PROPERTIES[name]
+    share = -(-examples // SHARES[name])
+    test = settings(max_examples=share, deadline=None, suppress_health_check=list(HealthCheck), **options)(
+        strata[stratum]
+    )
+    if seed is not None:
+        test = hypothesis.seed(seed)(test)
+    test()
+    return share
 
 
 # Functions that are called by name ---------------------------------------------------------------------------------
@@ -32,22 +65,20 @@ def _positive(x: Tensor) -> Tensor:
     return F.softplus(x) + 0.1
 
 
-FUNCTIONS: tuple[Callable[..., Tensor], ...] = (
-    F.scaled_dot_product_attention,
-    partial(F.scaled_dot_product_attention, is_causal=True),
-    lambda a, b, c: F.gaussian_nll_loss(a, b, _positive(c)),
-    lambda a, b, c: F.layer_norm(a, a.shape[-1:], b[0, 0], c[0, 0], eps=0.1),
-    lambda a, b, c: F.batch_norm(a[0], None, None, b[0, 0], c[0, 0], training=True, eps=0.1),
-    lambda a, b, c: F.instance_norm(a, eps=0.1) * b + c,
-    lambda a, b, c: F.normalize(a, dim=-1) * F.cosine_similarity(b, c, dim=-1)[..., None],
-    lambda a, b, c: F.cross_entropy(a, b.softmax(-1)) + F.mse_loss(b, c),
-    lambda a, b, c: (
-        F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="sum") * F.binary_cross_entropy_with_logits(c, c.sigmoid())
-    ),
-    lambda a, b, c: F.linear(a, b[0], c[0, :, 0]),
-    lambda a, b, c: torch.baddbmm(a, b.mT @ b if b.shape[1] == a.shape[1] else a, c),
-)
-"""Of three tensors ``(batch, length, width)`` with batch = length = width, whose gradients must not be mixed up."""
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "attention": F.scaled_dot_product_attention,
+    "causal attention": partial(F.scaled_dot_product_attention, is_causal=True),
+    "gaussian_nll_loss": lambda a, b, c: F.gaussian_nll_loss(a, b, _positive(c)),
+    "layer_norm": lambda a, b, c: F.layer_norm(a, a.shape[-1:], b[0, 0], c[0, 0], eps=0.1),
+    "batch_norm": lambda a, b, c: F.batch_norm(a[0], None, None, b[0, 0], c[0, 0], training=True, eps=0.1),
+    "instance_norm": lambda a, b, c: F.instance_norm(a, eps=0.1) * b + c,
+    "normalize": lambda a, b, c: F.normalize(a, dim=-1) * F.cosine_similarity(b, c, dim=-1)[..., None],
+    "cross_entropy": lambda a, b, c: F.cross_entropy(a, b.softmax(-1)) + F.mse_loss(b, c),
+    "kl_div": lambda a, b, c: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="sum") * F.softplus(c),
+    "linear": lambda a, b, c: F.linear(a, b[0], c[0, :, 0]),
+    "baddbmm": torch.baddbmm,
+}
+"""Of three tensors ``(size, size, size)``."""
 
 
 class Calls(nn.Module):
@@ -71,12 +102,12 @@ class Calls(nn.Module):
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+def calls(draw: st.DrawFn, function: Callable[..., Tensor]) -> tuple[nn.Module, Tensor]:
     """A module that calls a function by name, and its input."""
     size = draw(st.integers(2, 3))
     first = draw(st.sampled_from(["input", "weight", "held"]))
     rest = draw(st.lists(st.sampled_from(["input", "weight", "held", "the one before"]), min_size=2, max_size=2))
-    module = Calls(draw(st.sampled_from(FUNCTIONS)), [first, *rest], size).double()
+    module = Calls(function, [first, *rest], size).double()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     x = torch.randn(size, size, size, generator=generator, dtype=torch.float64)
     with torch.no_grad():
@@ -85,18 +116,36 @@ def calls(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return module, x
 
 
-# Properties ----------------------------------------------------------------------------------------------------------
+# Modules -------------------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "any": {},
+    "norms in training": {"layers": ("norm", "linear"), "training": True},
+    "norms": {"layers": ("norm", "conv")},
+    "dropout": {"layers": ("dropout", "linear"), "training": True},
+    "buffers": {"layers": ("buffered", "activation", "residual"), "training": True},
+    "embeddings": {"layers": ("embedding",)},
+    "recurrent": {"layers": ("recurrent",), "max_depth": 1},
+    "attention": {"layers": ("attention",), "max_depth": 1},
+    "tied and shared": {"layers": ("tied", "shared", "parametrized")},
+}
+"""Options of `modules`, for layers about which the library does something of its own."""
 
 
-@property_of
-@given(modules(), st.data())
+def of_families(**options: Any) -> dict[str, st.SearchStrategy[nn.Module]]:
+    return {name: modules(**{**family, **options}) for name, family in FAMILIES.items()}
+
+
+CALLS = {name: calls(function) for name, function in FUNCTIONS.items()}
+
+
+@property_over(of_families())
 def stateless(module: nn.Module, data: st.DataObject) -> None:
     check_stateless(module, *data.draw(inputs_for(module)))
 
 
-@property_of
-@given(calls())
-def module_grads(drawn: tuple[nn.Module, Tensor]) -> None:
+@property_over(CALLS)
+def module_grads(drawn: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
     module, x = drawn
     apply, params, buffers = make_stateless(module, params="detach")
 
@@ -106,48 +155,52 @@ def module_grads(drawn: tuple[nn.Module, Tensor]) -> None:
     check_grads(call, {"params": params, "x": x}, order=2, modes=("reverse",), entries=1)
 
 
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+Rows = list[tuple[Tensor, ...]]
+
+
 @st.composite
-def many_tasks(draw: st.DrawFn) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+def rows_of_module(draw: st.DrawFn, made: st.SearchStrategy[nn.Module]) -> tuple[nn.Module, Rows]:
     """A module and its inputs for each of some tasks."""
-    if draw(st.booleans()):
-        module, x = draw(calls())
-        return module, [(x * scale,) for scale in draw(_SCALES)]
-    module = draw(modules())
+    module, tasks = draw(made), draw(st.sampled_from([2, 3, 1]))
     one = draw(inputs_for(module))
-    batch = one[0].shape[0]
-    return module, [one, *(draw(inputs_for(module, batch=batch)) for _ in range(draw(st.integers(0, 2))))]
+    return module, [one, *(draw(inputs_for(module, batch=one[0].shape[0])) for _ in range(tasks - 1))]
 
 
-_SCALES = st.lists(st.sampled_from([1.0, -0.5, 2.0]), min_size=1, max_size=3)
+@st.composite
+def rows_of_call(draw: st.DrawFn) -> tuple[nn.Module, Rows]:
+    """The same for a function that is called by name."""
+    module, x = draw(st.sampled_from(list(CALLS.values())).flatmap(lambda made: made))
+    return module, [(x * scale,) for scale in (1.0, -0.5, 2.0)[: draw(st.sampled_from([2, 3, 1]))]]
 
 
-def _varied(tree: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
-    """Values for each task, the first ones as given."""
+def _for_tasks(tree: dict[str, Tensor], tasks: int, own: bool) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+    """The tree with values of its own for each task if `own`, and its `in_dims`; counters are shared in any case."""
     factors = 1 + 0.25 * torch.arange(tasks)
-    return {name: torch.stack([(value * factor).to(value.dtype) for factor in factors]) for name, value in tree.items()}
+    dims = {name: 0 if own and value.is_floating_point() else None for name, value in tree.items()}
+    varied = {name: torch.stack([tree[name] * factor for factor in factors]) for name in tree if dims[name] == 0}
+    return {**tree, **varied}, dims
 
 
-@property_of
-@given(many_tasks(), st.booleans(), st.booleans(), st.sampled_from(["different", "same"]), st.data())
-def over_tasks(
-    drawn: tuple[nn.Module, list[tuple[Tensor, ...]]],
-    own_params: bool,
-    own_buffers: bool,
-    randomness: Any,
-    data: st.DataObject,
-) -> None:
+_ROWS = {name: rows_of_module(made) for name, made in of_families(dtype=torch.float64).items()}
+
+
+@property_over({**_ROWS, "functions": rows_of_call()}, 6)
+def over_tasks(drawn: tuple[nn.Module, Rows], data: st.DataObject) -> None:
     module, rows = drawn
     apply, params, buffers = make_stateless(module, params="detach", buffers="detach")
     tasks = len(rows)
-    params, buffers = (
-        _varied(tree, tasks) if own else dict(tree) for tree, own in ((params, own_params), (buffers, own_buffers))
-    )
+    own_params, own_buffers = data.draw(st.tuples(st.booleans(), st.booleans()))
+    randomness: Any = data.draw(st.sampled_from(["different", "same"]))
+    params, params_dims = _for_tasks(params, tasks, own_params)
+    buffers, buffers_dims = _for_tasks(buffers, tasks, own_buffers)
     inputs: list[Tensor] = []
     dims: list[int] = []
     for column in zip(*rows, strict=True):
         dims.append(data.draw(st.integers(-column[0].ndim - 1, column[0].ndim)))
         inputs.append(torch.stack(column, dims[-1]))
-    in_dims = (0 if own_params and params else None, 0 if own_buffers and buffers else None, *dims)
+    in_dims = (params_dims, buffers_dims, *dims)
     check_over_tasks(apply, params, buffers, *inputs, in_dims=in_dims, randomness=randomness)
 
 
@@ -160,10 +213,26 @@ def _of_task(batch: Any, task: int) -> Any:
     return tuple(leaf[task] for leaf in batch)
 
 
-@property_of
-@given(problems(dtype=torch.float64, smooth=True, max_tasks=3), st.integers(0, 3), _TRANSFORMS, st.data())
-def adapt_many(problem: Any, steps: int, transform: Any, data: st.DataObject) -> None:
+_PROBLEMS = {
+    "any": {},
+    "norms in training": {"layers": ("norm", "linear"), "training": True},
+    "other norms": {"layers": ("norm", "activation", "linear")},
+    "attention": {"layers": ("attention", "linear"), "max_depth": 1},
+}
+"""Options of `problems`."""
+
+
+def of_problems(max_tasks: int) -> Strata:
+    return {
+        name: problems(dtype=torch.float64, smooth=True, max_tasks=max_tasks, **options)
+        for name, options in _PROBLEMS.items()
+    }
+
+
+@property_over(of_problems(3))
+def adapt_many(problem: Any, data: st.DataObject) -> None:
     loss, params, supports, _, _ = problem
+    steps, transform = data.draw(st.integers(0, 3)), data.draw(_TRANSFORMS)
     optimizer = data.draw(optimizers(smooth=True, params=params))
     options: Any = {"optimizer": optimizer, "steps": steps, "grad_transform": transform}
 
@@ -180,10 +249,10 @@ def adapt_many(problem: Any, steps: int, transform: Any, data: st.DataObject) ->
     check_over_tasks(one, params, supports, mapped=mapped)
 
 
-@property_of
-@given(problems(dtype=torch.float64, smooth=True, max_tasks=1), st.integers(1, 3), _TRANSFORMS, st.data())
-def meta_grads(problem: Any, steps: int, transform: Any, data: st.DataObject) -> None:
+@property_over(of_problems(1))
+def meta_grads(problem: Any, data: st.DataObject) -> None:
     loss, params, supports, queries, _ = problem
+    steps, transform = data.draw(st.integers(1, 3)), data.draw(_TRANSFORMS)
     optimizer = data.draw(optimizers(smooth=True, params=params))
     order = data.draw(st.sampled_from([1, 1, 2]))
     options: Any = {"optimizer": optimizer, "steps": steps}
@@ -199,10 +268,10 @@ def meta_grads(problem: Any, steps: int, transform: Any, data: st.DataObject) ->
     check_meta_grads(loss, params, _of_task(supports, 0), _of_task(queries, 0), order=order, entries=1, **options)
 
 
-@property_of
-@given(problems(dtype=torch.float64, smooth=True, max_tasks=1), st.integers(1, 3), st.booleans(), st.data())
-def modes(problem: Any, steps: int, settled: bool, data: st.DataObject) -> None:
+@property_over({name: problems(dtype=torch.float64, smooth=True, max_tasks=1) for name in ("any", "more")})
+def modes(problem: Any, data: st.DataObject) -> None:
     loss, params, supports, queries, _ = problem
+    steps, settled = data.draw(st.integers(1, 3)), data.draw(st.booleans())
     learned = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     anchor = {name: (value + 0.1).requires_grad_() for name, value in params.items()}
 
@@ -237,9 +306,11 @@ def _matrix(theta: Tensor) -> Tensor:
     return torch.eye(len(theta), dtype=theta.dtype) + 0.2 * (bounded + bounded.T) / len(theta)
 
 
-@property_of
-@given(st.data())
-def solves(data: st.DataObject) -> None:
+SOLVES = {solve.__name__: st.just(solve) for solve in (implicit.cg, implicit.neumann, implicit.dense)}
+
+
+@property_over(SOLVES)
+def solves(solve: Callable[..., Any], data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=2))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
 
@@ -250,7 +321,6 @@ def solves(data: st.DataObject) -> None:
     tree: dict[str, Any] = {"b": b, "theta": numbers(sum(sizes), sum(sizes))}
     if data.draw(st.booleans()):
         tree["ridge"] = numbers().square() / 4
-    solve = data.draw(st.sampled_from([implicit.cg, implicit.neumann, implicit.dense]))
     fixed_point = "ridge" not in tree and data.draw(st.booleans())
 
     def times(theta: Tensor, x: dict[str, Tensor]) -> dict[str, Tensor]:

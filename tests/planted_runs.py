@@ -115,21 +115,13 @@ def _job(pipe: int, source: str, name: str, examples: int, seed: int | None) -> 
 
 def _judged(name: str, examples: int, seed: int | None) -> dict[str, Any]:
     import hypothesis
-    from hypothesis import Phase, settings
-    from kit_properties import PROPERTIES
+    from hypothesis import Phase
+    from kit_properties import PROPERTIES, run
 
-    run = settings(
-        max_examples=examples,
-        derandomize=seed is None,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-    )(PROPERTIES[name])
-    if seed is not None:
-        run = hypothesis.seed(seed)(run)
+    options: Any = {"derandomize": seed is None, "database": None, "phases": [Phase.generate]}
     try:
-        run()
+        for stratum in PROPERTIES[name]:
+            run(name, stratum, examples, seed=seed, report_multiple_bugs=False, **options)
     except hypothesis.errors.HypothesisException:
         raise
     except Exception as error:  # whatever it raises, the user is warned

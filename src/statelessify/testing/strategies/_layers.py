@@ -309,9 +309,8 @@ FAMILIES: dict[str, tuple[Layer, ...]] = {
 
 def embedding(draw: st.DrawFn, item: Indices) -> tuple[Call, Shape]:
     """A layer for integers."""
-    size = draw(SIZE)
+    size, padding = draw(SIZE), draw(st.sampled_from([None, 0]))
     if item.shape and draw(NO):
         mode = draw(st.sampled_from(["mean", "sum"]))
-        return call(nn.EmbeddingBag, item.below, size, mode=mode), (size,)
-    padding = draw(st.sampled_from([None, 0]))
+        return call(nn.EmbeddingBag, item.below, size, mode=mode, padding_idx=padding), (size,)
     return call(nn.Embedding, item.below, size, padding_idx=padding), (*item.shape, size)
