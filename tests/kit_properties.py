@@ -186,7 +186,7 @@ def _for_tasks(tree: dict[str, Tensor], tasks: int, own: bool) -> tuple[dict[str
 _ROWS = {name: rows_of_module(made) for name, made in of_families(dtype=torch.float64).items()}
 
 
-@property_over({**_ROWS, "functions": rows_of_call()}, 6)
+@property_over({"functions": rows_of_call(), **_ROWS}, 6)
 def over_tasks(drawn: tuple[nn.Module, Rows], data: st.DataObject) -> None:
     module, rows = drawn
     apply, params, buffers = make_stateless(module, params="detach", buffers="detach")
