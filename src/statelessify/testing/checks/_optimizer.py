@@ -194,9 +194,7 @@ class _Check:
         try:
             assert_near(plain(rest.points[-1]), plain(self.found.points[-1]), names, self.note)
         except AssertionError as error:
-            words = (
-                f"{half} and then {self.count - half} steps are not {self.count} steps, so some of the state is lost"
-            )
+            words = f"{half} and then {self.count - half} steps are not {self.count} steps, so some of the state is lost, or kept elsewhere"
             raise AssertionError(f"{words}: {error}") from None
 
     def zero_gradients(self) -> None:
