@@ -214,7 +214,7 @@ class _Check:
         leaves, spec = tree_flatten(supports[0])
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             return
-        for mode in {_kind(mode): mode for mode in modes}.values():
+        for mode in {_kind(mode): mode for mode in reversed(modes)}.values():
             if isinstance(mode, ForwardMode) and self._count() * tasks > MOST_DIRECTIONS:
                 continue
             alone = [self._per_task({**self.tree, "support": support}, mode) for support in supports]
