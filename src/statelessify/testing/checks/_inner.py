@@ -13,7 +13,7 @@ from ..._loop import Gradient
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..._unroll import FirstOrder, Unroll
 from ...errors import DtypeError, HyperparameterError
-from ...optim import Optimizer, OptState
+from ...optim import Optimizer, OptState, from_torch
 from ._claims import needing_grad
 
 __all__: list[str] = []
@@ -118,7 +118,7 @@ class Promised:
             params, state = inner.optimizer.step(params, self.grads[-1], state)
             params = tree_map(_copied, params)
             # What is handed on as it is, such as a closed-over tensor, may be moved later.
-            state = tree_map(lambda leaf: leaf if id(leaf) in known else _copied(leaf), state)
+            state = tree_map(_copied_unless(known), state)
         self.last = params
         if isinstance(mode, Implicit):
             self.hessian, self.residual = self._at_last()
@@ -141,7 +141,7 @@ class Promised:
     def _truncated(self, tree: Any, last: int, differentiable: bool) -> tuple[Any, list[Tensor]]:
         first = self.steps - last
         params, state = self.points[first]
-        params = tree_map(lambda p, new, old: p + (new - old), params, tree["params"], self.base)
+        params = tree_map(_moved, tree["params"], params, self.base)
         state, losses = with_hyperparameters(state, tree), self.losses[:first]
         for index in range(first, self.steps):
             value, grads = slope(self.inner.loss, params, batch_at(tree["support"], index, params), differentiable)
@@ -155,8 +155,8 @@ class Promised:
         support = tree["support"]
         batch = self.batch if callable(support) else support
         grads = tree_leaves(slope(self.inner.loss, self.last, batch, differentiable)[1])
-        moved = -torch.linalg.solve(self.hessian, _flat(grads) - self.residual)
-        parts = moved.split([leaf.numel() for leaf in leaves])
+        moved = cast("Tensor", torch.linalg.solve(self.hessian, self.residual - _flat(grads)))
+        parts = _split(moved, [leaf.numel() for leaf in leaves])
         return tree_unflatten(spec, [p + part.reshape(p.shape) for p, part in zip(leaves, parts, strict=True)])
 
     def _at_last(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class Promised:
         sizes = [leaf.numel() for leaf in leaves]
 
         def loss(point: Tensor) -> Tensor:
-            parts = zip(point.split(sizes), leaves, strict=True)
+            parts = zip(_split(point, sizes), leaves, strict=True)
             return self.inner.loss(tree_unflatten(spec, [part.reshape(p.shape) for part, p in parts]), self.batch)
 
         point = _flat(leaves)
@@ -175,12 +175,28 @@ class Promised:
         return hessian.detach(), _flat(tree_leaves(grads)).detach()
 
 
+def _copied_unless(known: set[int]) -> Callable[[Any], Any]:
+    def copied(leaf: Any) -> Any:
+        return leaf if id(leaf) in known else _copied(leaf)
+
+    return copied
+
+
+def _moved(initial: Tensor, later: Tensor, start: Tensor) -> Tensor:
+    """Where parameters were later, moved as far as their initial values have been."""
+    return initial + (later - start)
+
+
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _split(vector: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return cast("Any", vector).split(sizes)
 
 
 def pure(optimizer: Any) -> tuple[Optimizer | None, TorchOptimizer | None]:
@@ -192,11 +208,9 @@ def pure(optimizer: Any) -> tuple[Optimizer | None, TorchOptimizer | None]:
     if isinstance(optimizer, Optimizer):
         return optimizer, None
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
-        from ...optim import from_torch
-
         return from_torch(optimizer), cast("Any", optimizer)
-    if callable(optimizer) and not isinstance(optimizer, type):
-        return None, cast("Any", optimizer)
+    if not isinstance(optimizer, type) and callable(optimizer):
+        return None, cast("TorchOptimizer", optimizer)
     raise HyperparameterError(
         f"`optimizer={optimizer!r}` is no optimizer; write `optim.sgd(lr=...)`, a class of torch.optim, or "
         "`lambda params: torch.optim.SGD(params, lr=...)`"

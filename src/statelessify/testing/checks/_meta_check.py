@@ -29,7 +29,7 @@ from ._inner import (
 )
 from ._probe import is_inexact, own_leaves, plain
 from ._real import RealFunction, check_repeatable
-from ._routes import Routes, assert_near, check_func, near, silent
+from ._routes import Routes, anew, assert_near, check_func, near, silent
 from ._verify import verify
 
 __all__: list[str] = []
@@ -96,11 +96,7 @@ class MetaCheck:
         if "hyperparameters" in tree:
             state = with_hyperparameters(self.optimizer.init(tree["params"]), tree)
         options: Any = {"optimizer": self.optimizer, "steps": self.steps, "gradient": self.mode, "opt_state": state}
-        loss = self.loss
-        if not self.exact:  # which tells once for each loss what it does not reach
-
-            def loss(params: Any, batch: Any) -> Tensor:
-                return self.loss(params, batch)
+        loss = self.loss if self.exact else anew(self.loss)
 
         return library_adapt(loss, tree["params"], tree["support"], **options).params
 
@@ -235,7 +231,11 @@ class MetaCheck:
         if inner is None or not self.exact:
             return ""
         promised = Promised(inner, FirstOrder(), tree)
-        other = Routes(lambda tree: self.judged(promised(tree)[0], tree), {})
+
+        def of_first_order(tree: Any) -> Tensor:
+            return self.judged(promised(tree)[0], tree)
+
+        other = Routes(of_first_order, {})
         if self.grads is not None:
             query = tree.get("query", tree["support"])
             found = self.grads(own_leaves(tree)["params"], tree["support"], query)

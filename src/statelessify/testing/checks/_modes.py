@@ -21,7 +21,7 @@ from .._close import assert_trees_close
 from ._closed import closed_over
 from ._inner import Inner, Promised, hyperparameters_of, plain_loop, with_hyperparameters
 from ._probe import is_inexact, own_leaves, plain
-from ._routes import silent
+from ._routes import anew, silent
 from ._say import call_of_loop, optimizer_code
 
 __all__ = ["check_modes"]
@@ -111,6 +111,10 @@ def _is_exact(mode: Gradient) -> bool:
     return isinstance(mode, ForwardMode) or (isinstance(mode, Unroll) and mode.truncate is None)
 
 
+def _kind(mode: Gradient) -> Any:
+    return type(mode), *((mode.truncate is None, mode.checkpoint_every is None) if isinstance(mode, Unroll) else ())
+
+
 class _Results(NamedTuple):
     """What one run gave.
 
@@ -123,6 +127,9 @@ class _Results(NamedTuple):
     params: Any
     losses: Any
     gradient: dict[str, Any]
+
+
+_PARTS = ("parameters differ", "losses differ", "meta-gradient differs")
 
 
 class _Check:
@@ -143,7 +150,7 @@ class _Check:
         inner = self.inner
         state = with_hyperparameters(inner.optimizer.init(tree["params"]), tree) if "hyperparameters" in tree else None
         options: Any = {"optimizer": inner.optimizer, "steps": inner.steps, "gradient": mode, "opt_state": state}
-        loss = inner.loss if _is_exact(mode) else _anew(inner.loss)
+        loss = inner.loss if _is_exact(mode) else anew(inner.loss)
         with silent(not _is_exact(mode)):
             found = adapt(loss, tree["params"], tree["support"], **options)
         return found.params, found.losses
@@ -194,7 +201,7 @@ class _Check:
         for mode in modes:
             with torch.no_grad():
                 params, losses = self._adapted(own_leaves(self.tree), mode)
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((params, losses))):
+            if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in tree_leaves((params, losses))):
                 raise AssertionError(f"`{mode!r}` recorded a graph under `torch.no_grad`\n  {self.note}")
             found = _Results(plain(params), plain(losses), {})
             self._assert(found, self.exact._replace(gradient={}), PLAIN, f"{mode!r} under no_grad", "a plain loop")
@@ -202,12 +209,12 @@ class _Check:
     # Many tasks ----------------------------------------------------------------------------------------------------
 
     def many_tasks(self, modes: Sequence[Gradient], tasks: int) -> None:
-        """`adapt_tasks` gives what a loop of `adapt` over tasks gives."""
-        supports = [tree_map(lambda leaf, k=k: _varied(leaf, k), self.tree["support"]) for k in range(tasks)]
+        """`adapt_tasks` gives what a loop of `adapt` over tasks gives, in one mode of each kind."""
+        supports = [tree_map(_varied(k), self.tree["support"]) for k in range(tasks)]
         leaves, spec = tree_flatten(supports[0])
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             return
-        for mode in modes:
+        for mode in {_kind(mode): mode for mode in reversed(modes)}.values():
             if isinstance(mode, ForwardMode) and self._count() * tasks > MOST_DIRECTIONS:
                 continue
             alone = [self._per_task({**self.tree, "support": support}, mode) for support in supports]
@@ -234,7 +241,7 @@ class _Check:
         options: Any = {"optimizer": inner.optimizer, "steps": inner.steps, "gradient": mode, "opt_state": state}
         with silent(True):
             run = adapt_tasks if many else adapt
-            found = run(_anew(inner.loss), tree["params"], tree["support"], **options)
+            found = run(anew(inner.loss), tree["params"], tree["support"], **options)
         leaves = [leaf for leaf in tree_leaves(found.params) if is_inexact(leaf)]
         parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
         value = torch.stack([(index + 1) * part.sin().sum() for index, part in enumerate(parts)]).sum()
@@ -249,25 +256,24 @@ class _Check:
     def _assert(self, found: _Results, expected: _Results, near: float, who: str, whom: str) -> None:
         rtol = self.rtol if self.rtol is not None else NARROW if self.narrow else near
         names = (f"`{who}`" if " " not in who else who, whom)
-        for what, one, two in zip(("parameters", "losses", "meta-gradient"), found, expected, strict=True):
+        for what, one, two in zip(_PARTS, found, expected, strict=True):
             size = max((float(t.abs().max()) for t in tree_leaves(two) if is_inexact(t) and t.numel()), default=0.0)
             try:
                 assert_trees_close(one, two, rtol=rtol, atol=rtol * size, equal_nan=True, names=names, note=self.note)
             except AssertionError as error:
-                raise AssertionError(f"the {what} of {names[0]} differ from {whom}: {error}") from None
+                raise AssertionError(f"{names[0]}: the {what} from {whom}: {error}") from None
 
 
-def _anew(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """The loss as another function, for the library tells once for each what a mode does not reach."""
-    return lambda params, batch: loss(params, batch)
-
-
-def _varied(leaf: Any, index: int) -> Any:
+def _varied(index: int) -> Callable[[Any], Any]:
     """Other numbers with the same signs, for another task; labels stay."""
-    if not is_inexact(leaf):
-        return leaf
-    factors = torch.linspace(1, 1 + 0.2 * index, max(1, leaf.numel()), device=leaf.device)[: leaf.numel()]
-    return leaf.detach() * factors.reshape(leaf.shape).to(leaf.dtype)
+
+    def other(leaf: Any) -> Any:
+        if not is_inexact(leaf):
+            return leaf
+        factors = torch.linspace(1, 1 + 0.2 * index, leaf.numel(), device=leaf.device)
+        return leaf.detach() * factors.reshape(leaf.shape).to(leaf.dtype)
+
+    return other
 
 
 def _gradient(value: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:

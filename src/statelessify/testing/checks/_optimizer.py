@@ -118,6 +118,22 @@ def _wide(leaf: Any) -> Any:
     return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64, copy=True)
 
 
+def _times(params: Any, factor: int) -> Any:
+    def other(leaf: Any) -> Any:
+        return leaf * factor
+
+    return tree_map(other, params)
+
+
+def _without(grads: Any, count: int) -> Any:
+    """Gradients of which the first are zero."""
+
+    def cut(leaf: Any) -> Any:
+        return torch.cat([torch.zeros_like(leaf[:count]), leaf[count:]])
+
+    return tree_map(cut, grads)
+
+
 class _Check:
     """One call of `check_optimizer`."""
 
@@ -187,23 +203,22 @@ class _Check:
         grads, half = each_step(self.grads), self.count // 2
         begun = self.tested.run(own_leaves(self.tree), grads[:half])
         state = begun.state if isinstance(self.tested, TorchSteps) else copies(begun.state)
-        other = tree_map(lambda leaf: 2 * leaf if is_inexact(leaf) else leaf, self.tree["params"])
+        other = _times(self.tree["params"], 2)
         self.tested.run({**self.tree, "params": other}, grads)
         rest = self.tested.run({**self.tree, "params": begun.points[-1]}, grads[half:], state)
         names = ("stopped and resumed", "at one go")
         try:
             assert_near(plain(rest.points[-1]), plain(self.found.points[-1]), names, self.note)
         except AssertionError as error:
-            words = (
-                f"{half} and then {self.count - half} steps are not {self.count} steps, so some of the state is lost"
-            )
-            raise AssertionError(f"{words}: {error}") from None
+            words = f"{half} and then {self.count - half} steps are not {self.count} steps"
+            lost = "some of the state is lost, or kept elsewhere"
+            raise AssertionError(f"{words}, {lost}: {error}") from None
 
     def zero_gradients(self) -> None:
         """Neither values nor derivatives become NaN where gradients are zero, at all steps or at the first."""
         kinds = {
-            "at all steps": tree_map(torch.zeros_like, self.grads),
-            "at the first step": tree_map(lambda g: torch.cat([torch.zeros_like(g[:1]), g[1:]]), self.grads),
+            "at all steps": _without(self.grads, self.count),
+            "at the first step": _without(self.grads, 1),
         }
         for when, stacked in kinds.items():
             tree = own_leaves({**self.tree, "grads": stacked})
@@ -241,7 +256,7 @@ class _Check:
 
     def elementwise(self, tested: PureSteps) -> None:
         """Three tasks at once get what each gets."""
-        tasks = [tree_map(lambda p, k=k: p * (1 + k), self.tree["params"]) for k in range(3)]
+        tasks = [_times(self.tree["params"], 1 + k) for k in range(3)]
         drawn = [gradients_like(self.tree["params"], self.count, self.settings.seed + 10 + k) for k in range(3)]
         each = [
             tested.run({**self.tree, "params": params}, each_step(grads)).points[-1]
