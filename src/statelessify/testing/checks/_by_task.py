@@ -12,7 +12,7 @@ from ..._tree import TreeSpec, broadcast_prefix, first_difference, tree_flatten,
 from ..._words import listed
 from ...errors import TaskError, TreeError
 from .._close import assert_trees_close, worst
-from ._probe import copies, is_inexact, own_leaves, seeded
+from ._probe import accepted, is_inexact, own_leaves
 
 __all__: list[str] = []
 
@@ -52,8 +52,7 @@ class Given(NamedTuple):
     @property
     def own(self) -> Given:
         """With tensors of its own, of which those require a gradient that are wanted."""
-        pairs = zip(own_leaves(self.leaves), self.wanted, strict=True)
-        return self._replace(leaves=[leaf.requires_grad_(w) if is_inexact(leaf) else leaf for leaf, w in pairs])
+        return self._replace(leaves=own_leaves(self.leaves, self.wanted))
 
     def task(self, index: int) -> dict[str, Any]:
         """The arguments of one task, as views."""
@@ -100,22 +99,13 @@ def given_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: Any) -> 
 
 
 def without_refused(fn: Callable[..., Any], given: Given) -> Given:
-    """Gradients are not wanted by leaves of which torch refuses them, such as running statistics."""
+    """Gradients are wanted only by leaves of which torch does not refuse them."""
 
-    def runs(wanted: list[bool]) -> bool:
-        own = given._replace(wanted=wanted).own
-        task = own._replace(leaves=copies(own.leaves)).task(0)
-        try:
-            with seeded(1):
-                fn(*task["args"], **task["kwargs"])
-        except RuntimeError:
-            return False
-        return True
+    def call(leaves: list[Any]) -> None:
+        task = given._replace(leaves=leaves).task(0)
+        fn(*task["args"], **task["kwargs"])
 
-    count = len(given.wanted)
-    if runs(given.wanted) or not runs([False] * count):
-        return given
-    return given._replace(wanted=[w and runs([i == k for k in range(count)]) for i, w in enumerate(given.wanted)])
+    return given._replace(wanted=accepted(call, given.leaves))
 
 
 def loop(fn: Callable[..., Any], given: Given) -> Any:
