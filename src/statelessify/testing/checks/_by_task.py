@@ -8,11 +8,20 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..._tree import TreeSpec, broadcast_prefix, first_difference, tree_flatten, tree_names, tree_unflatten
+from ..._tree import (
+    TreeSpec,
+    broadcast_prefix,
+    first_difference,
+    same_static,
+    tree_flatten,
+    tree_map,
+    tree_names,
+    tree_unflatten,
+)
 from ..._words import listed
 from ...errors import TaskError, TreeError
 from .._close import assert_trees_close, worst
-from ._probe import accepted, is_inexact, own_leaves
+from ._probe import accepted, code_of, is_inexact, own_leaves
 
 __all__: list[str] = []
 
@@ -133,11 +142,25 @@ def _stacked(name: str, column: Sequence[Any]) -> Any:
                 raise TreeError(f"result `{name}` has shape {shape} in task {index}, and {shapes[0]} in task 0")
         return torch.stack(tuple(column))
     for index, leaf in enumerate(column):
-        if type(leaf) is not type(column[0]) or leaf != column[0]:
+        if not same_static(leaf, column[0]):
             raise TreeError(
-                f"result `{name}` is no tensor, and {leaf!r} in task {index}, {column[0]!r} in task 0; return a tensor"
+                f"result `{name}` is no tensor, and {code_of(leaf)} in task {index}, {code_of(column[0])} in task 0; "
+                "return a tensor"
             )
     return column[0]
+
+
+def picked(results: Any, tasks: Sequence[int]) -> Any:
+    """The results of some tasks."""
+
+    def pick(leaf: Any) -> Any:
+        return leaf[list(tasks)] if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(pick, results)
+
+
+def blank(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 class Tolerance(NamedTuple):
