@@ -40,7 +40,9 @@ def ours(params: Any, buffers: Any, module: nn.Module, *args: Any) -> Any:
     return functional_call(module, (params, buffers), args), buffers
 
 
-@pytest.mark.parametrize("make", [Tied, Frozen, lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))])
+@pytest.mark.parametrize(
+    "make", [Tied, Frozen, lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout())]
+)
 def test_a_functionalization_of_ones_own(make: Callable[[], nn.Module]) -> None:
     module = make()
     check_stateless(module, torch.randn(4, 3), apply=lambda p, b, x: ours(p, b, module, x), threads=1)
