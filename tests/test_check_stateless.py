@@ -249,6 +249,22 @@ def test_one_module_shared_by_all_threads() -> None:
         check_stateless(module, torch.randn(4, 3), apply=lambda p, b, x: ours(p, b, module, x))
 
 
+def test_what_raises_in_threads_alone() -> None:
+    module, inside = norm(), threading.Lock()
+
+    def alone(params: Any, buffers: Any, x: Tensor) -> Any:
+        if not inside.acquire(blocking=False):
+            raise ValueError("no second call, please")
+        try:
+            return ours(params, buffers, module, x)
+        finally:
+            inside.release()
+
+    words = r"`alone` raised ValueError\('no second call, please'\)\n  in its own mode, called from 4 threads at once"
+    with pytest.raises(AssertionError, match=words):
+        check_stateless(module, torch.randn(4, 3), apply=alone)
+
+
 class Locked:
     """A lock, as a cache may hold one, does not pickle."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..._skeleton import Slots
 from ..._tree import tree_leaves
 from ..._words import listed
+from ...errors import StatelessifyError
 from ...typing import Buffers, Params
 from .._close import assert_trees_close
 from .._unmutated import Watch
@@ -191,8 +192,13 @@ class Case(NamedTuple):
             with torch.no_grad(), yielding():
                 return [self.values_of(apply, own, buffers, where) for _ in range(CALLS)]
 
-        with ThreadPoolExecutor(threads) as pool:
-            results = list(pool.map(work, given))
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                results = list(pool.map(work, given))
+        except (AssertionError, StatelessifyError):
+            raise
+        except Exception as error:  # alone it raises nothing
+            self.fail(f"{name_of(apply)} raised {error!r}", where)
         for right, calls in zip(expected, results, strict=True):
             for found in calls:
                 self.close(found, right, apply, where)
