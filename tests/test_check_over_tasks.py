@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad
 
 from statelessify import adapt, adapt_tasks, errors, optim, over_tasks, stateless
 from statelessify.testing import check_over_tasks
+from statelessify.testing.checks import _over_tasks
 
 # Quiet -------------------------------------------------------------------------------------------------------------
 
@@ -296,6 +298,24 @@ def test_a_leak_that_the_data_as_given_do_not_show() -> None:
         check_over_tasks(loss, *problem(), mapped=leaking)
 
 
+@pytest.mark.parametrize("tasks", [4, 5])
+def test_chunks_of_the_library(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk is wrong if it is not full: of four tasks one is left out to see it."""
+
+    def broken(fn: Any, *, chunk_size: int | None, **options: Any) -> Any:
+        def many(*args: Any) -> Tensor:
+            found = over_tasks(fn, chunk_size=chunk_size, **options)(*args)
+            full = len(found) - len(found) % (chunk_size or 1)
+            return torch.cat([found[:full], found[full:] * 2])
+
+        return many
+
+    monkeypatch.setattr(_over_tasks, "over_tasks", broken)
+    words = r'`over_tasks\(fn, backend="vmap", chunk_size=2\)` differs .*without the last task:\n  task 2'
+    with pytest.raises(AssertionError, match=words if tasks == 4 else r"chunk_size=2\)` differs .*:\n  task 4: "):
+        check_over_tasks(loss, *problem(tasks))
+
+
 def test_random_numbers_that_are_alike() -> None:
     p, x = torch.ones(3), torch.randn(4, 3)
     alike, unlike = (torch.vmap(noisy, (None, 0), randomness=kind) for kind in ("same", "different"))
@@ -324,6 +344,13 @@ def test_a_function_that_remembers() -> None:
         check_over_tasks(counting, torch.ones(2), torch.ones(3, 2))
 
 
+@dataclasses.dataclass
+class Pair:
+    """No container to torch's vmap."""
+
+    value: Tensor
+
+
 # Misuse ------------------------------------------------------------------------------------------------------------
 
 
@@ -345,5 +372,7 @@ def test_misuse() -> None:
         check_over_tasks(lambda x: x[x > 0], torch.tensor([[1.0, -1], [1, 1]]), in_dims=0)
     with pytest.raises(errors.TreeError, match="is no tensor, and True in task 1, False in task 0"):
         check_over_tasks(lambda x: bool(x > 0), torch.tensor([-1.0, 1]), in_dims=0)
+    with pytest.raises(errors.TreeError, match=r"is no tensor, and Pair\(value=tensor"):
+        check_over_tasks(Pair, torch.arange(3.0), in_dims=0)
     with pytest.raises(errors.TreeError, match="task 1 returned another structure than task 0"):
         check_over_tasks(lambda x: {"a": x} if x > 0 else {"b": x}, torch.tensor([-1.0, 1]), in_dims=0)

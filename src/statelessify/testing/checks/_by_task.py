@@ -8,11 +8,20 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..._tree import TreeSpec, broadcast_prefix, first_difference, tree_flatten, tree_names, tree_unflatten
+from ..._tree import (
+    TreeSpec,
+    broadcast_prefix,
+    first_difference,
+    same_static,
+    tree_flatten,
+    tree_map,
+    tree_names,
+    tree_unflatten,
+)
 from ..._words import listed
 from ...errors import TaskError, TreeError
 from .._close import assert_trees_close, worst
-from ._probe import copies, is_inexact, own_leaves, seeded
+from ._probe import accepted, code_of, is_inexact, own_leaves
 
 __all__: list[str] = []
 
@@ -52,8 +61,7 @@ class Given(NamedTuple):
     @property
     def own(self) -> Given:
         """With tensors of its own, of which those require a gradient that are wanted."""
-        pairs = zip(own_leaves(self.leaves), self.wanted, strict=True)
-        return self._replace(leaves=[leaf.requires_grad_(w) if is_inexact(leaf) else leaf for leaf, w in pairs])
+        return self._replace(leaves=own_leaves(self.leaves, self.wanted))
 
     def task(self, index: int) -> dict[str, Any]:
         """The arguments of one task, as views."""
@@ -100,22 +108,13 @@ def given_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], in_dims: Any) -> 
 
 
 def without_refused(fn: Callable[..., Any], given: Given) -> Given:
-    """Gradients are not wanted by leaves of which torch refuses them, such as running statistics."""
+    """Gradients are wanted only by leaves of which torch does not refuse them."""
 
-    def runs(wanted: list[bool]) -> bool:
-        own = given._replace(wanted=wanted).own
-        task = own._replace(leaves=copies(own.leaves)).task(0)
-        try:
-            with seeded(1):
-                fn(*task["args"], **task["kwargs"])
-        except RuntimeError:
-            return False
-        return True
+    def call(leaves: list[Any]) -> None:
+        task = given._replace(leaves=leaves).task(0)
+        fn(*task["args"], **task["kwargs"])
 
-    count = len(given.wanted)
-    if runs(given.wanted) or not runs([False] * count):
-        return given
-    return given._replace(wanted=[w and runs([i == k for k in range(count)]) for i, w in enumerate(given.wanted)])
+    return given._replace(wanted=accepted(call, given.leaves))
 
 
 def loop(fn: Callable[..., Any], given: Given) -> Any:
@@ -143,11 +142,25 @@ def _stacked(name: str, column: Sequence[Any]) -> Any:
                 raise TreeError(f"result `{name}` has shape {shape} in task {index}, and {shapes[0]} in task 0")
         return torch.stack(tuple(column))
     for index, leaf in enumerate(column):
-        if type(leaf) is not type(column[0]) or leaf != column[0]:
+        if not same_static(leaf, column[0]):
             raise TreeError(
-                f"result `{name}` is no tensor, and {leaf!r} in task {index}, {column[0]!r} in task 0; return a tensor"
+                f"result `{name}` is no tensor, and {code_of(leaf)} in task {index}, {code_of(column[0])} in task 0; "
+                "return a tensor"
             )
     return column[0]
+
+
+def picked(results: Any, tasks: Sequence[int]) -> Any:
+    """The results of some tasks."""
+
+    def pick(leaf: Any) -> Any:
+        return leaf[list(tasks)] if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(pick, results)
+
+
+def blank(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 class Tolerance(NamedTuple):

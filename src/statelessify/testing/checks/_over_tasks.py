@@ -12,7 +12,7 @@ from ..._random import random_state
 from ..._tasks import check_choices, over_tasks
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from ...typing import Backend, InDims, Randomness
-from ._by_task import EXACT, Difference, Given, Tolerance, difference, given_of, loop, without_refused
+from ._by_task import EXACT, Difference, Given, Tolerance, blank, difference, given_of, loop, picked, without_refused
 from ._probe import call_of, code_of, copies, gradients, number, plain, seeded
 
 __all__ = ["check_over_tasks"]
@@ -305,16 +305,3 @@ class Case(NamedTuple):
     def fail(self, *lines: str) -> NoReturn:
         what, *rest = [line for line in lines if line]
         raise AssertionError("\n  ".join([what + (":" if rest else ""), *rest, self.note]))
-
-
-def picked(results: Any, tasks: Sequence[int]) -> Any:
-    """The results of some tasks."""
-
-    def pick(leaf: Any) -> Any:
-        return leaf[list(tasks)] if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(pick, results)
-
-
-def blank(leaf: Any) -> Any:
-    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
