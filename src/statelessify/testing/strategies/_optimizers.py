@@ -61,7 +61,7 @@ NUMBERS: dict[str, dict[str, Span | tuple[Span, ...]]] = {
         "lr": RATE,
         "beta2_decay": Span(-1.0, -0.5, whole=True),
         "eps": (EPS, EPS),
-        "d": Span(0.5, 2.0),
+        "d": Span(1.0, 2.0),
         "weight_decay": DECAY,
     },
     "lion": {"lr": RATE, "betas": (BETA, BETA), "weight_decay": DECAY},
@@ -156,6 +156,7 @@ def _calls(rule: str, kind: str | None, smooth: bool, names: tuple[str, ...]) ->
     optional = {name: numbers[name] for name in spans if name not in needed}
     optional |= dict.fromkeys(switches, st.booleans())
     if rule == "muon":
+        optional["ns_steps"] = st.integers(1, 5)
         optional["adjust_lr_fn"] = st.sampled_from(["original", "match_rms_adamw"])
     chosen = st.fixed_dictionaries(required, optional=optional)
     return chosen.map(lambda given: _legal(rule, given)).flatmap(lambda given: st.builds(make, **_just(given)))
@@ -184,10 +185,11 @@ def _values(span: Span | tuple[Span, ...], kind: str | None, names: tuple[str, .
     numbers = st.floats(span.low, span.high)
     if span.zero:
         numbers = st.one_of(st.just(0.0), numbers)
-    learned = numbers.map(_learned)
+    learned = _learned(numbers)
     by_name = st.fixed_dictionaries(dict.fromkeys(names, learned)) if names else st.nothing()
     return {"numbers": numbers, "tensors": learned, "dicts": by_name, None: st.one_of(numbers, learned, by_name)}[kind]
 
 
-def _learned(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+@st.composite  # not `map`, which hypothesis would print as a call
+def _learned(draw: st.DrawFn, numbers: st.SearchStrategy[float]) -> torch.Tensor:
+    return torch.tensor(draw(numbers), dtype=torch.float64, requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def param_trees(
 
     Args:
         dtype: of all leaves. None: each is float32 or float64.
-        shape: of all leaves. None: any; two leaves may have the same.
+        shape: of all leaves. None: each its own, of up to two dimensions and four entries.
         requires_grad: of all leaves. None: of each its own.
         max_leaves: the most that there are; there is at least one.
 
@@ -61,21 +62,40 @@ def param_trees(
     _options.floating("dtype", dtype)
     _options.shape("shape", shape)
     _options.count("max_leaves", max_leaves)
-    common = draw(shapes(max_dims=2)) if shape is None else shape
-    either = [st.just(common), *([shapes(max_dims=2)] if shape is None else [])]
-    options = st.tuples(st.one_of(either), st.booleans() if requires_grad is None else st.just(requires_grad))
-    leaves = options.flatmap(lambda given: tensors(given[0], dtype=dtype, requires_grad=given[1]))
-    return draw(st.recursive(leaves, _nested, max_leaves=max_leaves).filter(lambda tree: _leaves(tree) <= max_leaves))
+    return draw(_trees(dtype, shape, requires_grad, max_leaves))
 
 
-def _nested(trees: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    few = st.lists(trees, min_size=1, max_size=3)
-    return st.one_of(
-        st.dictionaries(st.sampled_from(_NAMES), trees, min_size=1, max_size=3),
-        few,
-        few.map(tuple),
-        st.builds(Pair, trees, trees),
-    )
+@cache
+def _trees(
+    dtype: torch.dtype | None, shape: tuple[int, ...] | None, requires_grad: bool | None, max_leaves: int
+) -> st.SearchStrategy[Any]:
+    shape_ = shapes(max_dims=2, max_side=2) if shape is None else st.just(shape)
+    learned = st.booleans() if requires_grad is None else st.just(requires_grad)
+    trees = st.recursive(_parameters(shape_, learned, dtype), _nested, max_leaves=max_leaves)
+    return trees.filter(lambda tree: _leaves(tree) <= max_leaves)
+
+
+@st.composite
+def _parameters(
+    draw: st.DrawFn,
+    shape: st.SearchStrategy[tuple[int, ...]],
+    requires_grad: st.SearchStrategy[bool],
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    return draw(tensors(draw(shape), dtype=dtype, requires_grad=draw(requires_grad)))
+
+
+@st.composite  # not `dictionaries` and `map`, which hypothesis prints as calls, or by `repr`
+def _nested(draw: st.DrawFn, trees: st.SearchStrategy[Any]) -> Any:
+    kind = draw(st.sampled_from([dict, list, tuple, Pair]))
+    if kind is Pair:
+        return Pair(draw(trees), draw(trees))
+    items = draw(st.lists(trees, min_size=1, max_size=3))
+    if kind is not dict:
+        return kind(items)
+    size = len(items)
+    names = draw(st.lists(st.sampled_from(_NAMES), unique=True, min_size=size, max_size=size))
+    return dict(zip(names, items, strict=True))
 
 
 def _leaves(tree: Any) -> int:

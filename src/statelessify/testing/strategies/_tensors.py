@@ -175,9 +175,9 @@ def _floats(
 
 
 def _subnormal(low: float, high: float, kind: torch.finfo, special: bool) -> bool:
-    """Whether subnormal numbers are drawn; they must be, where there are no others."""
+    """Whether subnormal numbers are drawn: where they are wanted, or a bound is one."""
     tiny = kind.smallest_normal
-    return special or 0 < low < tiny or -tiny < high < 0
+    return low < tiny and high > -tiny and (special or 0 < abs(low) < tiny or 0 < abs(high) < tiny)
 
 
 def _special(
