@@ -15,11 +15,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optim_naive import SPECS
 from torch import Tensor, nn
 
 from statelessify import Implicit, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
-from statelessify.testing.checks import check_grads, check_meta_grads, check_modes, check_over_tasks, check_stateless
+from statelessify.testing.checks import (
+    check_grads,
+    check_meta_grads,
+    check_modes,
+    check_optimizer,
+    check_over_tasks,
+    check_stateless,
+)
 from statelessify.testing.strategies import inputs_for, modules, optimizers, problems
 
 Strata = Mapping[str, st.SearchStrategy[Any]]
@@ -217,7 +225,7 @@ _PROBLEMS = {
     "any": {},
     "norms in training": {"layers": ("norm", "linear"), "training": True},
     "other norms": {"layers": ("norm", "activation", "linear")},
-    "attention": {"layers": ("attention", "linear"), "max_depth": 1},
+    "recurrent": {"layers": ("recurrent", "linear"), "max_depth": 1},
 }
 """Options of `problems`."""
 
@@ -262,7 +270,14 @@ def meta_grads(problem: Any, data: st.DataObject) -> None:
             return adapt(loss, params, support, grad_transform=transform, **options).params
 
         check_meta_grads(
-            loss, params, _of_task(supports, 0), _of_task(queries, 0), adapt=clipped, order=order, entries=1
+            loss,
+            params,
+            _of_task(supports, 0),
+            _of_task(queries, 0),
+            adapt=clipped,
+            order=order,
+            entries=1,
+            kinks="skip",
         )
         return
     check_meta_grads(loss, params, _of_task(supports, 0), _of_task(queries, 0), order=order, entries=1, **options)
@@ -297,6 +312,64 @@ def modes(problem: Any, data: st.DataObject) -> None:
     )
 
 
+# Optimizers ------------------------------------------------------------------------------------------------------------
+
+
+def _of(spec: Any, name: str) -> Any:
+    """What a specification says of a parameter."""
+    if isinstance(spec, tuple):
+        return tuple(_of(each, name) for each in spec)
+    return spec[name] if isinstance(spec, dict) else spec
+
+
+def by_equations(optimizer: optim.Optimizer, rates: Callable[[int], float] | None = None) -> optim.Optimizer:
+    """The rule of an optimizer as its equations say it, with the same numbers, one parameter after the other."""
+    rule: Any = optimizer.init.__self__  # type: ignore[attr-defined]
+    naive = SPECS[rule.name].naive
+    constants = {**rule.switches, **rule.choices}
+
+    def init(params: dict[str, Tensor]) -> Any:
+        return optim.OptState(torch.tensor(0), dict(rule.hyperparameters), {name: {} for name in params})
+
+    def step(params: dict[str, Tensor], grads: dict[str, Tensor], state: Any) -> Any:
+        t, new, slots = int(state.step) + 1, {}, {}
+        specs = {**constants, **state.hyperparameters, **({} if rates is None else {"lr": rates(t - 1)})}
+        for name, p in params.items():
+            slots[name] = dict(state.slots[name])
+            new[name] = naive(p, grads[name], slots[name], {key: _of(spec, name) for key, spec in specs.items()}, t)
+        return new, optim.OptState(state.step + 1, state.hyperparameters, slots)
+
+    return optim.Optimizer(init, step)
+
+
+def some_params(data: st.DataObject) -> dict[str, Tensor]:
+    """Parameters; often several of one shape, which are updated as one."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    names = {"w": (2,), "b": (2,), "c": (2,), "d": (2,), "m": (2, 3)}
+    kept = list(names)[: data.draw(st.sampled_from([2, 4, 5, 1]))]
+    return {name: torch.randn(names[name], generator=generator, dtype=torch.float64) for name in kept}
+
+
+RULES = tuple(name for name in SPECS if name not in ("muon", "adafactor", "rprop", "adamax"))
+"""Those that train parameters of any shape, and whose equations have no corner in their values."""
+
+
+@property_over({rule: st.just(rule) for rule in RULES})
+def optimizer(rule: str, data: st.DataObject) -> None:
+    params = some_params(data)
+    drawn = data.draw(optimizers(rules=(rule,), params=params))
+    table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
+    steps = data.draw(st.sampled_from([6, 3, 2]))
+    if table is None:
+        check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
+        return
+    made: Any = drawn.init.__self__  # type: ignore[attr-defined]
+    given = {**made.hyperparameters, **made.switches, **made.choices, "lr": lambda step: table[min(int(step), 6)]}
+    scheduled = getattr(optim, rule)(**given)
+    reference = by_equations(drawn, lambda step: table[min(step, 6)])
+    check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
+
+
 # Solves --------------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +393,7 @@ def solves(solve: Callable[..., Any], data: st.DataObject) -> None:
     b = {f"b{index}": numbers(size) for index, size in enumerate(sizes)}
     tree: dict[str, Any] = {"b": b, "theta": numbers(sum(sizes), sum(sizes))}
     if data.draw(st.booleans()):
-        tree["ridge"] = numbers().square() / 4
+        tree["ridge"] = numbers().sigmoid() / 4
     fixed_point = "ridge" not in tree and data.draw(st.booleans())
 
     def times(theta: Tensor, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -343,4 +416,5 @@ def solves(solve: Callable[..., Any], data: st.DataObject) -> None:
 
         return find(tree["b"], tree["theta"], tree["b"])
 
-    check_grads(root if fixed_point else solved, tree, order=2, modes=("reverse",), entries=1)
+    order = data.draw(st.sampled_from([1, 2]))
+    check_grads(root if fixed_point else solved, tree, order=order, modes=("reverse",), entries=1)

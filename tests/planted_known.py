@@ -75,7 +75,7 @@ MODULES = (
         new="dy = -turned",
         symptom="Second derivatives between the scale of a norm and what comes before it lack a term.",
         public="stateless or adapt with Unroll, a layer or batch norm with a scale, second derivatives",
-        check="module_grads",
+        check="meta_grads",
     ),
     Planted(
         name="one gradient of attention for another",

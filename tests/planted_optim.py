@@ -50,7 +50,7 @@ OPTIMIZERS = (
         new="at_step(spec, (state.step - 1).clamp(min=0)) for name, spec in specs.items()",
         symptom="A callable of the step is asked for the step before.",
         public="optim.sgd(lr=lambda step: ...), two steps or more",
-        check="schedule",
+        check="optimizer",
     ),
     Planted(
         name="hyperparameters of an earlier state",
@@ -59,7 +59,7 @@ OPTIMIZERS = (
         new="if about is not None and self._known is not None:",
         symptom="An optimizer that has stepped with one learning rate goes on with it, whatever the state says.",
         public="optim.sgd, a state whose hyperparameters were replaced",
-        check="schedule",
+        check="optimizer",
     ),
     Planted(
         name="all parameters take the numbers of the first",

@@ -240,7 +240,10 @@ def _inner(draw: st.DrawFn, shape: Shape, wanted: Wanted) -> Call:
     """A layer whose output has the shape of its input."""
     size = shape[-1]
     plain = call(nn.Linear, size, size, bias=draw(YES))
-    return draw(st.sampled_from([plain, call(nn.LayerNorm, size, eps=draw(eps(wanted))), call(Buffered, size)]))
+    # Shared, a buffer that moves hands on a mean that is no part of the graph.
+    moving = {"moves": False} if wanted.smooth else {}
+    layers = [plain, call(nn.LayerNorm, size, eps=draw(eps(wanted))), call(Buffered, size, **moving)]
+    return draw(st.sampled_from(layers))
 
 
 def residual(draw: st.DrawFn, shape: Shape, wanted: Wanted) -> tuple[Call, Shape]:
