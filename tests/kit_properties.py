@@ -237,24 +237,43 @@ def of_problems(max_tasks: int) -> Strata:
     }
 
 
+def with_rates(optimizer: optim.Optimizer, rates: Callable[[Any], Any]) -> optim.Optimizer:
+    """The same optimizer with a schedule as its learning rate."""
+    rule: Any = optimizer.init.__self__  # type: ignore[attr-defined]
+    return getattr(optim, rule.name)(**{**rule.hyperparameters, **rule.switches, **rule.choices, "lr": rates})
+
+
+def slowing(step: Any) -> Any:
+    """A learning rate for each step, a number or a tensor as the step is."""
+    return 0.3 / (1 + step)
+
+
 @property_over(of_problems(3))
 def adapt_many(problem: Any, data: st.DataObject) -> None:
     loss, params, supports, _, _ = problem
     steps, transform = data.draw(st.integers(0, 3)), data.draw(_TRANSFORMS)
     optimizer = data.draw(optimizers(smooth=True, params=params))
+    if data.draw(st.sampled_from([False, False, True])):
+        optimizer = with_rates(optimizer, slowing)
     options: Any = {"optimizer": optimizer, "steps": steps, "grad_transform": transform}
-
-    def one(params: Any, batch: Any) -> Any:
-        adapted = adapt(loss, params, batch, **options)
-        return adapted.params, adapted.losses, adapted.opt_state.slots
-
-    def many(params: Any, batches: Any) -> Any:
-        adapted = adapt_tasks(loss, params, batches, chunk_size=chunk_size, **options)
-        return adapted.params, adapted.losses, adapted.opt_state.slots
-
     chunk_size = data.draw(st.sampled_from([None, 1, 2]))
+    resumed = data.draw(st.booleans())
+
+    def one(params: Any, batch: Any, state: Any = None) -> Any:
+        adapted = adapt(loss, params, batch, opt_state=state, **options)
+        return adapted.params, adapted.losses, adapted.opt_state.slots
+
+    def many(params: Any, batches: Any, state: Any = None) -> Any:
+        in_dims = (0, 0) if resumed else (None, 0)
+        adapted = adapt_tasks(loss, params, batches, opt_state=state, chunk_size=chunk_size, in_dims=in_dims, **options)
+        return adapted.params, adapted.losses, adapted.opt_state.slots
+
     mapped = data.draw(st.sampled_from([many, None]))
-    check_over_tasks(one, params, supports, mapped=mapped)
+    if resumed:
+        first = adapt_tasks(loss, params, supports, optimizer=optimizer, steps=2)
+        check_over_tasks(one, first.params, supports, first.opt_state, in_dims=0, mapped=mapped)
+    else:
+        check_over_tasks(one, params, supports, mapped=mapped)
 
 
 @property_over(of_problems(1))
@@ -264,23 +283,15 @@ def meta_grads(problem: Any, data: st.DataObject) -> None:
     optimizer = data.draw(optimizers(smooth=True, params=params))
     order = data.draw(st.sampled_from([1, 1, 2]))
     options: Any = {"optimizer": optimizer, "steps": steps}
-    if transform is not None:
-
-        def clipped(params: Any, support: Any) -> Any:
-            return adapt(loss, params, support, grad_transform=transform, **options).params
-
-        check_meta_grads(
-            loss,
-            params,
-            _of_task(supports, 0),
-            _of_task(queries, 0),
-            adapt=clipped,
-            order=order,
-            entries=1,
-            kinks="skip",
-        )
+    task = _of_task(supports, 0), _of_task(queries, 0)
+    if transform is None:
+        check_meta_grads(loss, params, *task, order=order, entries=1, **options)
         return
-    check_meta_grads(loss, params, _of_task(supports, 0), _of_task(queries, 0), order=order, entries=1, **options)
+
+    def clipped(params: Any, support: Any) -> Any:
+        return adapt(loss, params, support, grad_transform=transform, **options).params
+
+    check_meta_grads(loss, params, *task, adapt=clipped, order=order, entries=1, kinks="skip")
 
 
 @property_over({name: problems(dtype=torch.float64, smooth=True, max_tasks=1) for name in ("any", "more")})
@@ -294,7 +305,15 @@ def modes(problem: Any, data: st.DataObject) -> None:
         apart = torch.stack([(value - anchor[name]).square().sum() for name, value in params.items()]).sum()
         return loss(params, batch) + learned.exp() * apart
 
-    chosen = data.draw(st.sampled_from([loss, closing]))
+    def drawing(params: Any, batch: Any) -> Tensor:
+        return closing(params, batch) * (0.5 + torch.rand((), dtype=torch.float64))
+
+    chosen = data.draw(st.sampled_from([loss, closing, drawing]))
+    support, query = _of_task(supports, 0), _of_task(queries, 0)
+
+    def fresh(step: int, params: Any) -> Any:
+        return (query, support)[step % 2]
+
     if settled:
         optimizer: Any = optim.sgd(lr=0.1)
         kinds: Any = [Implicit(solve=implicit.dense)]
@@ -303,8 +322,8 @@ def modes(problem: Any, data: st.DataObject) -> None:
     check_modes(
         closing if settled else chosen,
         params,
-        _of_task(supports, 0),
-        _of_task(queries, 0),
+        data.draw(st.sampled_from([support, support, fresh])),
+        query,
         optimizer=optimizer,
         steps=steps,
         modes=kinds,
@@ -312,7 +331,7 @@ def modes(problem: Any, data: st.DataObject) -> None:
     )
 
 
-# Optimizers ------------------------------------------------------------------------------------------------------------
+# Optimizers ----------------------------------------------------------------------------------------------------------
 
 
 def _of(spec: Any, name: str) -> Any:
@@ -363,9 +382,7 @@ def optimizer(rule: str, data: st.DataObject) -> None:
     if table is None:
         check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
         return
-    made: Any = drawn.init.__self__  # type: ignore[attr-defined]
-    given = {**made.hyperparameters, **made.switches, **made.choices, "lr": lambda step: table[min(int(step), 6)]}
-    scheduled = getattr(optim, rule)(**given)
+    scheduled = with_rates(drawn, lambda step: table[min(int(step), 6)])
     reference = by_equations(drawn, lambda step: table[min(step, 6)])
     check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
 
@@ -418,3 +435,7 @@ def solves(solve: Callable[..., Any], data: st.DataObject) -> None:
 
     order = data.draw(st.sampled_from([1, 2]))
     check_grads(root if fixed_point else solved, tree, order=order, modes=("reverse",), entries=1)
+
+
+CHECKS = tuple(PROPERTIES)
+"""The properties of this file, of code that is right."""

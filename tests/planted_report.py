@@ -49,12 +49,12 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         if members:
             totals.append(f"{group}: {sum(each['found'] for each in members)} of {len(members)} found")
     if correct:
-        yield f"{CORRECT:{names}}  {'property':{checks}}  alarm  seconds  cases"
-    for each in correct:
-        alarm = "YES" if each["found"] else "no"
-        line = f"{each['name']:{names}}  {each['check']:{checks}}  {alarm:5}  {each['seconds']:7.1f}"
-        yield f"{line}  {each['cases']:,}  {each['message'][:100]}".rstrip()
-    if correct:
+        yield f"{CORRECT:{names}}  alarms  seconds  cases  message"
+        for check in dict.fromkeys(each["check"] for each in correct):
+            of_check = [each for each in correct if each["check"] == check]
+            alarms, seconds, cases = (sum(each[key] for each in of_check) for key in ("found", "seconds", "cases"))
+            message = next((each["message"] for each in of_check if each["found"]), "")
+            yield f"{check:{names}}  {alarms:6}  {seconds:7.1f}  {cases:5,}  {message[:100]}".rstrip()
         yield ""
         cases, alarms = sum(each["cases"] for each in correct), sum(each["found"] for each in correct)
         totals.append(f"{CORRECT}: {alarms} false alarms in {cases:,}")

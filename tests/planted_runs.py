@@ -115,6 +115,7 @@ def _job(pipe: int, source: str, name: str, examples: int, seed: int | None) -> 
 
 def _judged(name: str, examples: int, seed: int | None) -> dict[str, Any]:
     import hypothesis
+    import planted_peers  # noqa: F401  # which adds its properties
     from hypothesis import Phase
     from kit_properties import PROPERTIES, run
 
