@@ -365,7 +365,7 @@ def some_params(data: st.DataObject) -> dict[str, Tensor]:
     """Parameters; often several of one shape, which are updated as one."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     names = {"w": (2,), "b": (2,), "c": (2,), "d": (2,), "m": (2, 3)}
-    kept = list(names)[: data.draw(st.sampled_from([2, 4, 5, 1]))]
+    kept = list(names)[: data.draw(st.sampled_from([1, 2, 4]))]
     return {name: torch.randn(names[name], generator=generator, dtype=torch.float64) for name in kept}
 
 
@@ -373,12 +373,13 @@ RULES = tuple(name for name in SPECS if name not in ("muon", "adafactor", "rprop
 """Those that train parameters of any shape, and whose equations have no corner in their values."""
 
 
-@property_over({rule: st.just(rule) for rule in RULES})
+@property_over({rule: st.just(rule) for rule in RULES}, 5)
 def optimizer(rule: str, data: st.DataObject) -> None:
     params = some_params(data)
-    drawn = data.draw(optimizers(rules=(rule,), params=params))
+    kind = data.draw(st.sampled_from(["numbers", "tensors", None]))
+    drawn = data.draw(optimizers(rules=(rule,), params=params, hyperparameters=kind))
     table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
-    steps = data.draw(st.sampled_from([6, 3, 2]))
+    steps = data.draw(st.sampled_from([2, 6, 3]))
     if table is None:
         check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
         return
