@@ -352,7 +352,10 @@ def by_equations(optimizer: optim.Optimizer, rates: Callable[[int], float] | Non
 
     def step(params: dict[str, Tensor], grads: dict[str, Tensor], state: Any) -> Any:
         t, new, slots = int(state.step) + 1, {}, {}
-        specs = {**constants, **state.hyperparameters, **({} if rates is None else {"lr": rates(t - 1)})}
+        known = dict(state.hyperparameters)
+        if rule.name == "sgd" and isinstance(known["momentum"], (int, float)) and not known["momentum"]:
+            known["dampening"] = 0  # without a buffer there is none
+        specs = {**constants, **known, **({} if rates is None else {"lr": rates(t - 1)})}
         for name, p in params.items():
             slots[name] = dict(state.slots[name])
             new[name] = naive(p, grads[name], slots[name], {key: _of(spec, name) for key, spec in specs.items()}, t)

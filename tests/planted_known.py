@@ -257,6 +257,9 @@ LOOPS = (
         found = split(state).tensors
         results = [*(found[place] for place in self.positions), *values]
         if not transforming():
+            if not self.reads and replaced.stray(results, tensors) is not None:
+                self.reads = True  # or the step makes leaves, which only the mode can tell from what it reads
+                return self(tensors)
             replaced.check(results, tensors)
         same_tree = len(found) == len(self.begin.tensors)
         start = [new[id(self.begin.tensors[place])] if same_tree else None for place in self.positions]
@@ -268,6 +271,9 @@ LOOPS = (
         found = split(state).tensors
         results = [*(found[place] for place in self.positions), *values]
         if not transforming():
+            if not self.reads and replaced.stray(results, tensors) is not None:
+                self.reads = True
+                return self(tensors)
             replaced.check(results, tensors)
 """,
         symptom="Meta-gradients of a loss with dropout are those of another loss.",

@@ -47,7 +47,7 @@ class Runs(AbstractContextManager["Runs"]):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=here.parent,
+            cwd=here.parent.parent,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         return self

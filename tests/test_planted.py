@@ -31,7 +31,7 @@ LOOKED_FOR_BY = {
 }
 """Blind bug -> the property for what it is said to break."""
 EXAMPLES = 100
-SAMPLE = 5  # in an ordinary run each fifth bug is tried; nox -s planted tries all
+SAMPLE = 5  # in an ordinary run each fifth bug is tried; with --planted all are
 
 
 @pytest.mark.parametrize("bug", [*OURS, *BLIND], ids=lambda bug: bug.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -187,8 +188,9 @@ class _Check:
         for mode in modes:
             if mode == Unroll():
                 continue
-            few = isinstance(mode, ForwardMode) and self._count() > mode.max_directions
-            if few and ("hyperparameters" not in self.tree or self._count("hyperparameters") > mode.max_directions):
+            most = mode.max_directions if isinstance(mode, ForwardMode) else sys.maxsize
+            few = self._count() > most
+            if few and ("hyperparameters" not in self.tree or self._count("hyperparameters") > most):
                 continue
             found = self._results(lambda tree, mode=mode: self._adapted(tree, mode), _is_exact(mode), few)
             if isinstance(mode, ForwardMode):
