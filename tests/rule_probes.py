@@ -153,6 +153,12 @@ def _embedding_bag() -> None:
     forward_mode(lambda w: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), w).sum(), torch.randn(3, 4))
 
 
+@probe(torch._weight_norm)
+def _weight_norm() -> None:
+    call = ruled(lambda v, g: torch._weight_norm(v, g, 0), "always")
+    assert torch.autograd.gradgradcheck(call, (torch.randn(1, 3, requires_grad=True), torch.ones(1, 1)))
+
+
 def second_order(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     out = ruled(call, "always")(x)
