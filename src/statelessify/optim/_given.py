@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -31,8 +32,21 @@ class Names:
         return self._names
 
 
+_SHAPE, _KIND = attrgetter("shape"), attrgetter("layout", "dtype", "shape")
+_LAYOUT = itemgetter(0)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _is_quick(leaves: Iterable[Any]) -> bool:
+    """Whether these are ordinary tensors, which can be looked at in a few operations that run in C."""
+    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, leaves))
+
+
 def shapes_of(params: Tree, leaves: Sequence[Any]) -> list[torch.Size]:
     """The shape of each parameter."""
+    if _is_quick(leaves):
+        with unseen():
+            return [*map(_SHAPE, leaves)]
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         require_floating(params, "params")
     with unseen():
@@ -54,6 +68,11 @@ def gradients_of(
 ) -> list[Tensor]:
     """The gradient of each leaf; zero where there is none."""
     found = list(grads.values()) if spec is None else aligned(spec, grads)  # None: a flat dict like `params`
+    if _is_quick(found):
+        with unseen():
+            kinds = [*map(_KIND, found)]
+            if kinds == [*map(_KIND, leaves)] and {*map(_LAYOUT, kinds)} == {torch.strided}:
+                return found
     sparse: list[int] = []
     with unseen():
         for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):

@@ -19,7 +19,7 @@ from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._container import checked, is_checked, seen
+from ._container import Hyperparameters, checked
 from ._given import Names, gradients_of, leaves_of, require_options, shapes_of
 from ._hyperparameters import (
     Range,
@@ -146,15 +146,15 @@ class Rule:
         names, shapes = Names(params), shapes_of(params, leaves)
         gradients = gradients_of(names, leaves, shapes, spec, grads)
         slots = self._columns(names, shapes, spec, state)
-        values = self._values(names, shapes, state)
-        done = self._advance_lists(leaves, gradients, slots, values, state.step)
+        values, hyperparameters, plain = self._values(names, shapes, state)
+        done = self._advance_lists(leaves, gradients, slots, values[0], state.step) if plain and leaves else None
         if done is None:
             counts = slots.get("step", [state.step] * len(leaves))
             done = self.advance(leaves, gradients, slots, values, counts)
         leaves, slots = done
         return tree_unflatten(spec, leaves), OptState(
             step=state.step + 1,
-            hyperparameters=checked(state.hyperparameters, self.name, shapes),
+            hyperparameters=hyperparameters,
             slots={slot: tree_unflatten(spec, column) for slot, column in slots.items()},
         )
 
@@ -188,16 +188,16 @@ class Rule:
         return work.leaves, work.new_slots
 
     def _advance_lists(
-        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: list[Values], step: Tensor
+        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: Values, step: Tensor
     ) -> tuple[list[Tensor], ListedSlots] | None:
-        """`advance` where all leaves share plain numbers, as at the last step: nothing is to be sorted then."""
-        if self.lists is None or self._known is None or values is not self._known[1] or not leaves:
+        """`advance` where all leaves share plain numbers: nothing is to be sorted then."""
+        if self.lists is None or self.scalars or "step" in slots or transforming():
             return None
-        if self.scalars or "step" in slots or transforming() or any(leaf.is_complex() for leaf in leaves):
+        if any(map(Tensor.is_complex, leaves)):
             return None
         if not all(map(is_uniform, (leaves, gradients, *slots.values()))):
             return None
-        return self.lists(leaves, gradients, slots, self.prepare(values[0], _count(step), {}).values)
+        return self.lists(leaves, gradients, slots, self.prepare(values, _count(step), {}).values)
 
     def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
         """Update leaves that share their numbers; as one, where enough of them are alike."""
@@ -229,24 +229,29 @@ class Rule:
             return {}
         return {slot: [torch.Size(self.slot_shape(slot, shape)) for shape in shapes] for slot in self.slots}
 
-    def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
-        """The hyperparameters and switches of each leaf at this step."""
+    def _values(
+        self, names: Names, shapes: list[torch.Size], state: OptState
+    ) -> tuple[list[Values], Hyperparameters, bool]:
+        """The hyperparameters and switches of each leaf at this step, the former in their container.
+
+        And whether they are plain numbers, shared by all leaves.
+        """
         given = state.hyperparameters
-        known = is_checked(given, shapes)
-        about = seen(given) if known else None
-        if about is not None and self._known is not None and self._known[0] is about:
-            return self._known[1]
+        container = checked(given, self.name, shapes)
+        if container is not given:
+            self._check(dict(given), names(), shapes)
+        if self._known is not None and self._known[0] is container.seen:
+            return self._known[1], container, True
         specs: dict[str, Any] = dict(given)
-        if not known:
-            self._check(specs, names(), shapes)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
         if now:
             self._check(now, names(), shapes)
         specs = {**specs, **now, **self.switches, **self.choices}
         values = by_parameter(specs, names, len(shapes))
-        if about is not None and not now and is_plain(specs) and not torch.compiler.is_compiling():
-            self._known = about, values
-        return values
+        plain = not now and is_plain(specs) and not torch.compiler.is_compiling()
+        if plain:
+            self._known = container.seen, values
+        return values, container, plain
 
     def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""

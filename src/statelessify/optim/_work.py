@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -93,8 +94,10 @@ class Work:
 def is_uniform(tensors: list[Tensor]) -> bool:
     """Whether all or none of them require gradients: else each result of an operation on the list would do so."""
     with unseen():
-        first = tensors[0].requires_grad
-        return all(tensor.requires_grad is first for tensor in tensors)
+        return len({*map(_REQUIRES_GRAD, tensors)}) == 1
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:
