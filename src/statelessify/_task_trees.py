@@ -49,7 +49,7 @@ def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
     """Read `in_dims` as vmap does, and move each task dimension to the front."""
     leaves, spec = tree_flatten(tree)
     try:
-        dims = broadcast_prefix(in_dims, tree)
+        dims = [in_dims] * len(leaves) if in_dims is None or type(in_dims) is int else broadcast_prefix(in_dims, tree)
     except ValueError:
         raise TreeError(
             f"`in_dims={in_dims!r}` does not fit the structure of the {what}; write one integer or None for each "

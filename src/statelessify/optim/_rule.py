@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .._transforms import transforming
-from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
+from .._tree import require_floating, tree_flatten, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
@@ -68,10 +68,6 @@ def _nothing() -> dict[str, Any]:
     return {}
 
 
-def accept(name: str, leaf: Tensor) -> None:
-    """Any parameter will do."""
-
-
 @dataclass(eq=False)  # not frozen: dynamo, which may trace its making, cannot follow that
 class Rule:
     """An update rule; its `init` and `step` are those of an `Optimizer`.
@@ -89,7 +85,7 @@ class Rule:
         whole: the names of hyperparameters that are one number for each parameter, not for each entry.
         elementwise: whether no entry depends on another.
         slot_shape: ``slot_shape(slot, shape)``, for slots that are not like the parameter.
-        check: ``check(name, leaf)`` refuses parameters that the rule has no meaning for.
+        check: ``check(name, leaf)``, if there is one, refuses parameters that the rule has no meaning for.
         lists: the update of many leaves in few operations, bit for bit that of each.
     """
 
@@ -105,7 +101,7 @@ class Rule:
     whole: frozenset[str] = frozenset()
     elementwise: bool = True
     slot_shape: Callable[[str, torch.Size], Sequence[int]] | None = None
-    check: Callable[[str, Tensor], None] = accept
+    check: Callable[[str, Tensor], None] | None = None
     lists: Lists | None = None
 
     def __post_init__(self) -> None:
@@ -124,12 +120,12 @@ class Rule:
     def init(self, params: Tree) -> OptState:
         require_floating(params, "params")
         leaves, spec = tree_flatten(params)
-        names, shapes = tree_names(params), [leaf.shape for leaf in leaves]
-        for name, leaf in zip(names, leaves, strict=True):
-            self.check(name, leaf)
+        names, shapes = Names(params), [leaf.shape for leaf in leaves]
+        if self.check is not None:
+            for name, leaf in zip(names(), leaves, strict=True):
+                self.check(name, leaf)
         self._check(self.hyperparameters, names, shapes)
-        for name, value in self.switches.items():
-            check_fits(name, value, names, shapes)
+        self._check_fits(self.switches, names, shapes)
         columns = {slot: [torch.zeros_like(leaf) for leaf in leaves] for slot in self.slots}
         for slot, shape in self._other_shapes(shapes).items():
             columns[slot] = [leaf.new_zeros(own) for leaf, own in zip(leaves, shape, strict=True)]
@@ -239,13 +235,13 @@ class Rule:
         given = state.hyperparameters
         container = checked(given, self.name, shapes)
         if container is not given:
-            self._check(dict(given), names(), shapes)
+            self._check(dict(given), names, shapes)
         if self._known is not None and self._known[0] is container.seen:
             return self._known[1], container, True
         specs: dict[str, Any] = dict(given)
         now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
         if now:
-            self._check(now, names(), shapes)
+            self._check(now, names, shapes)
         specs = {**specs, **now, **self.switches, **self.choices}
         values = by_parameter(specs, names, len(shapes))
         plain = not now and is_plain(specs) and not torch.compiler.is_compiling()
@@ -253,23 +249,27 @@ class Rule:
             self._known = container.seen, values
         return values, container, plain
 
-    def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
+    def _check(self, specs: dict[str, Any], names: Names, shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""
         self._check_ranges(specs)
-        for name, spec in specs.items():
-            check_fits(name, spec, names, shapes, name in self.whole)
+        self._check_fits(specs, names, shapes)
         if "momentum_buffer" not in self.slots and has(specs.get("momentum", 0), is_nonzero):
             raise TreeError(
                 f"the state has `momentum`, but was made by `{self.name}` without, and has no buffer for it; make the "
                 "optimizer with `momentum=`, if only a small one"
             )
 
+    def _check_fits(self, specs: Mapping[str, Any], names: Names, shapes: list[torch.Size]) -> None:
+        if not is_plain(specs):  # one number fits all parameters
+            for name, spec in specs.items():
+                check_fits(name, spec, names(), shapes, name in self.whole)
+
     def _check_ranges(self, specs: dict[str, Any]) -> None:
         for name, spec in specs.items():
             check_ranges(name, spec, self.ranges.get(name, Range()))
 
 
-def is_plain(values: Values) -> bool:
+def is_plain(values: Mapping[str, Any]) -> bool:
     """Whether all hyperparameters are numbers, none a tensor."""
     return all(isinstance(value, (bool, int, float)) for value in values.values())
 
