@@ -242,7 +242,7 @@ class _Loop(NamedTuple):
 
     def _gradients(self, state: State, batch: Tasks, differentiable: bool) -> tuple[Tensor, Tasks, Any]:
         """Losses, carries and gradients of all tasks, in chunks."""
-        tasks, tensors = self.mapper.tasks, tree_leaves(state.params)
+        tasks = self.mapper.tasks
 
         def chunk(here: slice) -> tuple[Tensor, Tasks, Any]:
             if here.stop - here.start == tasks:
@@ -250,7 +250,7 @@ class _Loop(NamedTuple):
             params = sliced(per_task(state.params), here).tree
             return self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable)
 
-        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, tensors)
+        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, state.params)
         if len(parts) == 1:
             return parts[0]
         carries = [carry for _, carry, _ in parts]

@@ -74,6 +74,8 @@ def _check_twice_differentiable(values: Tensor, inputs: Sequence[Tensor], source
         _differentiable[key] = weakref.ref(owner, lambda gone: _differentiable.pop(key, None))
 
 
+_NOTHING = nullcontext()
+
 Evaluate = Callable[[Any], tuple[Tensor, Any]]
 """``evaluate(params) -> (values, aux)``; the gradient is that of ``values.sum()``."""
 
@@ -98,12 +100,12 @@ def _eager(
 ) -> tuple[Tensor, Any, Any]:
     recording = torch.is_grad_enabled()
     leaves, spec = tree_flatten(params)
-    with nullcontext() if recording else torch.enable_grad():
+    with _NOTHING if recording else torch.enable_grad():
         inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
         known = params if all(map(operator.is_, leaves, inputs)) else tree_unflatten(spec, inputs)
         create = recording and differentiable
         # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
-        with rules("gradients") if create else nullcontext():
+        with rules("gradients") if create else _NOTHING:
             values, aux = evaluate(known)
         if create:
             _check_twice_differentiable(values, inputs, source)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 __all__: list[str] = []
 
 
-_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def gradients_of(

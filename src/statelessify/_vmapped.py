@@ -41,7 +41,7 @@ def _level(fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Rand
         predispatch.lazy_load_decompositions()
     level = _vmap_increment_nesting(tasks, randomness)
     try:
-        results = fn(*(_add_batch_dim(tensor, 0, level) for tensor in inputs))
+        results = fn(*[_add_batch_dim(tensor, 0, level) for tensor in inputs])
         return [_remove_batch_dim(tensor, level, tasks, 0) for tensor in results]
     finally:
         _vmap_decrement_nesting()

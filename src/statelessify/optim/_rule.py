@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .._transforms import transforming
+from .._transforms import transforming, unseen
 from .._tree import require_floating, tree_flatten, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
@@ -124,8 +124,7 @@ class Rule:
         if self.check is not None:
             for name, leaf in zip(names(), leaves, strict=True):
                 self.check(name, leaf)
-        self._check(self.hyperparameters, names, shapes)
-        self._check_fits(self.switches, names, shapes)
+        self._check_fits({**self.hyperparameters, **self.switches}, names, shapes)
         columns = {slot: [torch.zeros_like(leaf) for leaf in leaves] for slot in self.slots}
         for slot, shape in self._other_shapes(shapes).items():
             columns[slot] = [leaf.new_zeros(own) for leaf, own in zip(leaves, shape, strict=True)]
@@ -139,9 +138,10 @@ class Rule:
 
     def step(self, params: Tree, grads: Tree, state: OptState) -> tuple[Tree, OptState]:
         leaves, spec = tree_flatten(params)
-        names, shapes = Names(params), shapes_of(params, leaves)
-        gradients = gradients_of(names, leaves, shapes, spec, grads)
-        slots = self._columns(names, shapes, spec, state)
+        with unseen():
+            names, shapes = Names(params), shapes_of(params, leaves)
+            gradients = gradients_of(names, leaves, shapes, spec, grads)
+            slots = self._columns(names, shapes, spec, state)
         values, hyperparameters, plain = self._values(names, shapes, state)
         done = self._advance_lists(leaves, gradients, slots, values[0], state.step) if plain and leaves else None
         if done is None:
@@ -189,10 +189,9 @@ class Rule:
         """`advance` where all leaves share plain numbers: nothing is to be sorted then."""
         if self.lists is None or self.scalars or "step" in slots or transforming():
             return None
-        if any(map(Tensor.is_complex, leaves)):
-            return None
-        if not all(map(is_uniform, (leaves, gradients, *slots.values()))):
-            return None
+        with unseen():
+            if any(map(Tensor.is_complex, leaves)) or not all(map(is_uniform, (leaves, gradients, *slots.values()))):
+                return None
         return self.lists(leaves, gradients, slots, self.prepare(values, _count(step), {}).values)
 
     def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
@@ -238,16 +237,17 @@ class Rule:
             self._check(dict(given), names, shapes)
         if self._known is not None and self._known[0] is container.seen:
             return self._known[1], container, True
-        specs: dict[str, Any] = dict(given)
-        now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
+        specs = {**given, **self.switches, **self.choices}
+        if is_plain(specs):
+            values = [specs] * len(shapes)
+            if torch.compiler.is_compiling():
+                return values, container, False
+            self._known = container.seen, values
+            return values, container, True
+        now = {name: at_step(spec, state.step) for name, spec in given.items() if has(spec, is_schedule)}
         if now:
             self._check(now, names, shapes)
-        specs = {**specs, **now, **self.switches, **self.choices}
-        values = by_parameter(specs, names, len(shapes))
-        plain = not now and is_plain(specs) and not torch.compiler.is_compiling()
-        if plain:
-            self._known = container.seen, values
-        return values, container, plain
+        return by_parameter({**specs, **now}, names, len(shapes)), container, False
 
     def _check(self, specs: dict[str, Any], names: Names, shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""

@@ -64,7 +64,8 @@ class Work:
 
         leaves, gradients = listed(self.leaves), listed(self._gradients)
         found = {slot: listed(self._slots[slot]) for slot in slots}
-        return (leaves, gradients, found) if all(map(is_uniform, (leaves, gradients, *found.values()))) else None
+        with unseen():
+            return (leaves, gradients, found) if all(map(is_uniform, (leaves, gradients, *found.values()))) else None
 
     def put_lists(self, members: list[int], new: tuple[list[Tensor], ListedSlots]) -> None:
         leaves, slots = new
@@ -93,8 +94,7 @@ class Work:
 
 def is_uniform(tensors: list[Tensor]) -> bool:
     """Whether all or none of them require gradients: else each result of an operation on the list would do so."""
-    with unseen():
-        return len({*map(_REQUIRES_GRAD, tensors)}) == 1
+    return len({*map(_REQUIRES_GRAD, tensors)}) == 1
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
