@@ -176,7 +176,9 @@ def adapt_tasks(
             )
         loop = _Loop(plain(loss), optimizer, grad_transform, mapper, carry is not None, batch_at)
         loop = loop._replace(compiled=compiled_step(loss, loop.step, batches))
-        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
+        begin = initial.expanded(count)
+        if True in initial.mapped:  # what is expanded is a tensor of its own already
+            begin = apart(begin)
         start = State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"])
         final, losses = gradient.run(loop, start, steps) if steps else (start, ())
         values = torch.stack(tuple(losses), 1) if losses else torch.zeros(count, 0, **loss_options(params))

@@ -138,7 +138,7 @@ class Apply:
     def _mode(self, inside: bool, known: bool = False) -> AbstractContextManager[Any] | None:
         """The rules that a call needs; None where it is known to need none."""
         if inside:
-            return rules("transforms")
+            return None if innermost_rules() == "transforms" else rules("transforms")
         if known and innermost_rules() == "gradients":
             return None if self._skeletons.may_meet("gradients") else Hidden()
         watched = self._watched
