@@ -160,6 +160,13 @@ class Own:
         return new, optim.OptState(state.step + 1, state.hyperparameters, slots)
 
 
+def test_averages_that_go_down() -> None:
+    reference = lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True)
+    check_optimizer(optim.adam(lr=0.1, amsgrad=True), reference, steps=3, entries=0)
+    with pytest.raises(AssertionError, match="after step 2 of 3"):
+        check_optimizer(optim.adam(lr=0.1), reference, steps=3)
+
+
 def adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=0.1, betas=(0.9, 0.99), eps=0.1)
 
