@@ -69,6 +69,11 @@ def test_the_second_order_complex_parameters_and_groups() -> None:
     check_optimizer(optim.sgd(lr={"m*": torch.rand(2, 3), "[nv]*": torch.tensor(0.1)}), steps=2)
 
 
+def test_a_rate_in_float32() -> None:
+    rate = torch.tensor(0.1, dtype=torch.float32)
+    check_optimizer(optim.sgd(lr=rate, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), entries=0)
+
+
 class State(NamedTuple):
     memory: Any
 
