@@ -21,7 +21,7 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_stateless
+    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_over_tasks, check_stateless
 
 _CHECKS = (
     "assert_trees_close",
@@ -29,6 +29,7 @@ _CHECKS = (
     "check_meta_grads",
     "check_modes",
     "check_optimizer",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 )
@@ -40,6 +41,7 @@ __all__ = [
     "check_meta_grads",
     "check_modes",
     "check_optimizer",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 ]

@@ -6,6 +6,7 @@ from ._grads import check_grads
 from ._meta_grads import check_meta_grads
 from ._modes import check_modes
 from ._optimizer import check_optimizer
+from ._over_tasks import check_over_tasks
 from ._stateless import check_stateless
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_meta_grads",
     "check_modes",
     "check_optimizer",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 ]
