@@ -21,6 +21,7 @@ from ._gradient import value_and_grad
 from ._loop import Gradient, State, Step
 from ._one_task import adapt_one, alone, lined_up
 from ._task_states import (
+    HandingOn,
     Together,
     expanded_slots,
     initial_state,
@@ -274,8 +275,9 @@ class _Loop(NamedTuple):
         done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), state)
-            out = marked(self.mapper(checked(self.optimizer), args, self.optimizer.step))
-            done = from_marks(out[0]).tree, from_marks(out[1])
+            step = HandingOn(checked(self.optimizer))
+            out = marked(self.mapper(step, args, self.optimizer.step))
+            done = from_marks(out[0]).tree, step.kept(state, from_marks(out[1]))
         elif state is opt_state:
             return done
         new_params, new_state = done

@@ -18,7 +18,7 @@ from .errors import DerivativeError
 __all__: list[str] = []
 
 # What looks at a tensor and takes no gradient to it: nothing of it is lost where only these meet it.
-_LOOKS: set[Any] = {
+LOOKS: set[Any] = {
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "layout", "ndim", "data", "requires_grad")
@@ -29,7 +29,7 @@ _LOOKS: set[Any] = {
     *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.detach),
 }
-_SET_REQUIRES_GRAD: Any = cast("Any", Tensor.requires_grad).__set__
+SET_REQUIRES_GRAD: Any = cast("Any", Tensor.requires_grad).__set__
 
 
 class Captures(TorchFunctionMode):
@@ -55,12 +55,12 @@ class Captures(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._depth or func not in _LOOKS:
+        if self._depth or func not in LOOKS:
             _each(self._note, args)
             if kwargs:
                 _each(self._note, kwargs)
         out = func(*args, **kwargs) if kwargs else func(*args)
-        _each(self._keep, args[0] if func == _SET_REQUIRES_GRAD else out)
+        _each(self._keep, args[0] if func == SET_REQUIRES_GRAD else out)
         return out
 
     def new_step(self, given: Iterable[Tensor] = ()) -> None:
@@ -123,7 +123,7 @@ class Replaced(TorchFunctionMode):
     ) -> Any:
         given = [_swapped(self._tensors, arg) for arg in args]
         out = func(*given, **_swapped(self._tensors, kwargs)) if kwargs else func(*given)
-        made: Any = args[0] if func == _SET_REQUIRES_GRAD else out
+        made: Any = args[0] if func == SET_REQUIRES_GRAD else out
         if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:
             self._made[id(made)] = made
         return out

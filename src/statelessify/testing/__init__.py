@@ -21,11 +21,14 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads, check_over_tasks, check_stateless
+    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_over_tasks, check_stateless
 
 _CHECKS = (
     "assert_trees_close",
     "check_grads",
+    "check_meta_grads",
+    "check_modes",
+    "check_optimizer",
     "check_over_tasks",
     "check_stateless",
     "unmutated",
@@ -35,6 +38,9 @@ _STRATEGIES: tuple[str, ...] = ()
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_meta_grads",
+    "check_modes",
+    "check_optimizer",
     "check_over_tasks",
     "check_stateless",
     "unmutated",
