@@ -21,7 +21,7 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads, check_stateless
+    from .checks import check_grads, check_over_tasks, check_stateless
     from .strategies import (
         inputs_for,
         losses,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _CHECKS = (
     "assert_trees_close",
     "check_grads",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 )
@@ -59,6 +60,7 @@ _STRATEGIES = (
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_over_tasks",
     "check_stateless",
     "inputs_for",
     "losses",

@@ -3,11 +3,13 @@
 from .._close import assert_trees_close
 from .._unmutated import unmutated
 from ._grads import check_grads
+from ._over_tasks import check_over_tasks
 from ._stateless import check_stateless
 
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 ]
