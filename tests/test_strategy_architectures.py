@@ -114,7 +114,7 @@ def test_random() -> None:
 
 
 @given(st.data(), modules(smooth=True, random=False, frozen=False, dtype=torch.float64, max_depth=1))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_smooth_modules_have_two_derivatives(data: Any, module: nn.Module) -> None:
     args = data.draw(inputs_for(module, batch=2))
     apply, params, buffers = stateless(module, params="detach", buffers="detach")
@@ -123,7 +123,7 @@ def test_smooth_modules_have_two_derivatives(data: Any, module: nn.Module) -> No
     def square(tree: dict[str, Any]) -> torch.Tensor:
         return (apply(tree["params"], buffers, tree["x"])[0] ** 2).sum()
 
-    check_grads(square, {"params": params, "x": args[0]}, order=2, modes=("reverse",), entries=3)
+    check_grads(square, {"params": params, "x": args[0]}, order=2, modes=("reverse",), entries=1)
 
 
 def test_all_modes() -> None:
