@@ -38,6 +38,10 @@ OF_FAMILY: dict[str, Any] = {
 }
 
 
+RIGHT = tuple(name for name in NAMES if name not in ("parametrized", "dropout"))
+"""Families whose second derivative torch has right: that of `torch._weight_norm` is wrong, see below."""
+
+
 def contains(*kinds: type) -> Any:
     return lambda module: any(isinstance(part, kinds) for part in module.modules())
 
@@ -113,7 +117,7 @@ def test_random() -> None:
     check()
 
 
-@given(st.data(), modules(smooth=True, random=False, frozen=False, dtype=torch.float64, max_depth=1))
+@given(st.data(), modules(layers=RIGHT, smooth=True, random=False, frozen=False, dtype=torch.float64, max_depth=1))
 @settings(max_examples=8)
 def test_smooth_modules_have_two_derivatives(data: Any, module: nn.Module) -> None:
     args = data.draw(inputs_for(module, batch=2))
@@ -124,6 +128,15 @@ def test_smooth_modules_have_two_derivatives(data: Any, module: nn.Module) -> No
         return (apply(tree["params"], buffers, tree["x"])[0] ** 2).sum()
 
     check_grads(square, {"params": params, "x": args[0]}, order=2, modes=("reverse",), entries=1)
+
+
+@pytest.mark.xfail(strict=True, reason="torch 2.13: the second derivative of `torch._weight_norm` is wrong, silently")
+def test_weight_norm_has_two_derivatives() -> None:
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
+    module = seeded(linear, 23, takes=[(3,)], dtype=torch.float64)
+    apply, params, buffers = stateless(module, params="detach", buffers="detach")
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    check_grads(lambda params: (apply(params, buffers, x)[0] ** 2).sum(), params, order=2, modes=("reverse",))
 
 
 def test_all_modes() -> None:
