@@ -38,8 +38,8 @@ OF_FAMILY: dict[str, Any] = {
 }
 
 
-RIGHT = tuple(name for name in NAMES if name not in ("parametrized", "dropout"))
-"""Families whose second derivative torch has right: that of `torch._weight_norm` is wrong, see below."""
+RIGHT = tuple(name for name in NAMES if name != "dropout")
+"""Families without random numbers."""
 
 
 def contains(*kinds: type) -> Any:
@@ -130,7 +130,6 @@ def test_smooth_modules_have_two_derivatives(data: Any, module: nn.Module) -> No
     check_grads(square, {"params": params, "x": args[0]}, order=2, modes=("reverse",), entries=1)
 
 
-@pytest.mark.xfail(strict=True, reason="torch 2.13: the second derivative of `torch._weight_norm` is wrong, silently")
 def test_weight_norm_has_two_derivatives() -> None:
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
     module = seeded(linear, 23, takes=[(3,)], dtype=torch.float64)
