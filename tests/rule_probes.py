@@ -155,8 +155,11 @@ def _embedding_bag() -> None:
 
 @probe(torch._weight_norm)
 def _weight_norm() -> None:
-    call = ruled(lambda v, g: torch._weight_norm(v, g, 0), "always")
-    assert torch.autograd.gradgradcheck(call, (torch.randn(1, 3, requires_grad=True), torch.ones(1, 1)))
+    def slopes(v: Tensor) -> Tensor:
+        out = ruled(torch._weight_norm, "always")(v, torch.ones(2, 1))
+        return torch.autograd.grad(scalar(out.sin()), v, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(slopes, torch.randn(2, 3, requires_grad=True))
 
 
 def second_order(call: Callable[[Tensor], Tensor]) -> None:
