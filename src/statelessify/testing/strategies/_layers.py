@@ -312,16 +312,9 @@ FAMILIES: dict[str, tuple[Layer, ...]] = {
 
 def embedding(draw: st.DrawFn, item: Indices, wanted: Wanted) -> tuple[Call, Shape]:
     """A layer for integers."""
-<<<<<<< HEAD
-    size, padding = draw(SIZE), draw(st.sampled_from([None, 0]))
-    if item.shape and draw(NO):
-        mode = draw(st.sampled_from(["mean", "sum"]))
-        return call(nn.EmbeddingBag, item.below, size, mode=mode, padding_idx=padding), (size,)
-=======
     size = draw(SIZE)
+    padding = None if wanted.smooth else draw(st.sampled_from([None, 0]))  # its row has the gradient zero by decree
     if item.shape and draw(NO) and not wanted.smooth:  # torch has no second derivative of a bag
         mode = draw(st.sampled_from(["mean", "sum"]))
-        return call(nn.EmbeddingBag, item.below, size, mode=mode), (size,)
-    padding = None if wanted.smooth else draw(st.sampled_from([None, 0]))  # its row has the gradient zero by decree
->>>>>>> main
+        return call(nn.EmbeddingBag, item.below, size, mode=mode, padding_idx=padding), (size,)
     return call(nn.Embedding, item.below, size, padding_idx=padding), (*item.shape, size)
