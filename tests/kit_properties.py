@@ -13,10 +13,11 @@ from typing import Any
 import hypothesis
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from optim_naive import SPECS
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from statelessify import Implicit, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
@@ -237,10 +238,10 @@ def of_problems(max_tasks: int) -> Strata:
     }
 
 
-def with_rates(optimizer: optim.Optimizer, rates: Callable[[Any], Any]) -> optim.Optimizer:
-    """The same optimizer with a schedule as its learning rate."""
+def rebuilt(optimizer: optim.Optimizer, **others: Any) -> optim.Optimizer:
+    """The same optimizer, save for some options."""
     rule: Any = optimizer.init.__self__  # type: ignore[attr-defined]
-    return getattr(optim, rule.name)(**{**rule.hyperparameters, **rule.switches, **rule.choices, "lr": rates})
+    return getattr(optim, rule.name)(**{**rule.hyperparameters, **rule.switches, **rule.choices, **others})
 
 
 def slowing(step: Any) -> Any:
@@ -254,7 +255,7 @@ def adapt_many(problem: Any, data: st.DataObject) -> None:
     steps, transform = data.draw(st.integers(0, 3)), data.draw(_TRANSFORMS)
     optimizer = data.draw(optimizers(smooth=True, params=params))
     if data.draw(st.sampled_from([False, False, True])):
-        optimizer = with_rates(optimizer, slowing)
+        optimizer = rebuilt(optimizer, lr=slowing)
     options: Any = {"optimizer": optimizer, "steps": steps, "grad_transform": transform}
     chunk_size = data.draw(st.sampled_from([None, 1, 2]))
     resumed = data.draw(st.booleans())
@@ -380,13 +381,19 @@ RULES = tuple(name for name in SPECS if name not in ("muon", "adafactor", "rprop
 def optimizer(rule: str, data: st.DataObject) -> None:
     params = some_params(data)
     kind = data.draw(st.sampled_from(["numbers", "tensors", None]))
-    drawn = data.draw(optimizers(rules=(rule,), params=params, hyperparameters=kind))
+    smooth = rule not in ("lion",)  # which is a sign
+    drawn = data.draw(optimizers(rules=(rule,), params=params, hyperparameters=kind, smooth=smooth))
+    made: Any = drawn.init.__self__  # type: ignore[attr-defined]
+    # At the end of its range a number has differences to one side only.
+    assume(all(float(leaf.detach()) > 0 for leaf in tree_leaves(made.hyperparameters) if isinstance(leaf, Tensor)))
+    if data.draw(st.booleans()) and "amsgrad" in made.switches:
+        drawn = rebuilt(drawn, amsgrad=True)
     table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
     steps = data.draw(st.sampled_from([2, 6, 3]))
     if table is None:
         check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
         return
-    scheduled = with_rates(drawn, lambda step: table[min(int(step), 6)])
+    scheduled = rebuilt(drawn, lr=lambda step: table[min(int(step), 6)])
     reference = by_equations(drawn, lambda step: table[min(step, 6)])
     check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
 
