@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from statelessify import Implicit, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
 from statelessify.testing.checks import (
+    assert_trees_close,
     check_grads,
     check_meta_grads,
     check_modes,
@@ -365,6 +366,22 @@ def by_equations(optimizer: optim.Optimizer, rates: Callable[[int], float] | Non
     return optim.Optimizer(init, step)
 
 
+def check_slots(optimizer: optim.Optimizer, reference: optim.Optimizer, params: dict[str, Tensor], steps: int) -> None:
+    """What both remember under one name is the same."""
+    ours, theirs = optimizer.init(params), reference.init(params)
+    generator, other = torch.Generator().manual_seed(0), params
+    for _ in range(steps):
+        grads = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+        params, ours = optimizer.step(params, grads, ours)
+        other, theirs = reference.step(other, grads, theirs)
+    for name, slots in theirs.slots.items():
+        common = {slot: value for slot, value in slots.items() if slot in ours.slots and name in ours.slots[slot]}
+        found = {slot: ours.slots[slot][name] for slot in common if isinstance(common[slot], Tensor)}
+        expected = {slot: common[slot] for slot in found}
+        alike = {slot for slot in found if found[slot].shape == expected[slot].shape}
+        assert_trees_close({s: found[s] for s in alike}, {s: expected[s] for s in alike}, rtol=1e-7, atol=1e-9)
+
+
 def some_params(data: st.DataObject) -> dict[str, Tensor]:
     """Parameters; often several of one shape, which are updated as one."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -390,12 +407,17 @@ def optimizer(rule: str, data: st.DataObject) -> None:
         drawn = rebuilt(drawn, amsgrad=True)
     table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
     steps = data.draw(st.sampled_from([2, 6, 3]))
-    if table is None:
-        check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
+    if table is not None:
+        scheduled = rebuilt(drawn, lr=lambda step: table[min(int(step), 6)])
+        reference = by_equations(drawn, lambda step: table[min(step, 6)])
+        check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
         return
-    scheduled = rebuilt(drawn, lr=lambda step: table[min(int(step), 6)])
-    reference = by_equations(drawn, lambda step: table[min(step, 6)])
-    check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
+    check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
+    check_slots(drawn, by_equations(drawn), params, steps)
+    if data.draw(st.booleans()):  # the numbers are those of the state, whatever optimizer has made it
+        other = rebuilt(drawn, lr=0.05)
+        mixed = optim.Optimizer(other.init, drawn.step)
+        check_optimizer(mixed, by_equations(other), params=params, steps=2, entries=0, kinks="skip")
 
 
 # Solves --------------------------------------------------------------------------------------------------------------
