@@ -15,7 +15,16 @@ from ..._forward_mode import ForwardMode
 from ..._implicit import Implicit
 from ..._loop import Gradient
 from ..._random import random_state
-from ..._tree import stack_leaves, tree_flatten, tree_leaves, tree_map, tree_names, tree_stack, tree_unflatten
+from ..._tree import (
+    stack_leaves,
+    tree_detach,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_names,
+    tree_stack,
+    tree_unflatten,
+)
 from ..._unroll import FirstOrder, Unroll
 from ...errors import HyperparameterError
 from ...optim import Optimizer
@@ -168,7 +177,7 @@ class _Check:
         tree = own_leaves(self.tree)
         closed = dict(self.closed)
         if few:
-            tree = {name: part if name == "hyperparameters" else plain(part) for name, part in tree.items()}
+            tree = {name: part if name == "hyperparameters" else tree_detach(part) for name, part in tree.items()}
             closed = {}
         with seeded(1):
             params, losses = run(tree)
