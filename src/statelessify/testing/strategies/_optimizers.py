@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from hypothesis import strategies as st
@@ -176,7 +176,9 @@ def _legal(rule: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_zero(value: Any) -> bool:
-    return any(_is_zero(each) for each in value.values()) if isinstance(value, dict) else float(value) == 0  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, dict):
+        return any(map(_is_zero, cast("dict[str, Any]", value).values()))
+    return float(value.detach() if isinstance(value, torch.Tensor) else value) == 0
 
 
 def _values(span: Span | tuple[Span, ...], kind: str | None, names: tuple[str, ...]) -> st.SearchStrategy[Any]:
