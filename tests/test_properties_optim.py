@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from live import CLASSES, round_trip
+from live import RULES, live_as, round_trip, rule_of, settings_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_leaves, tree_map
@@ -28,44 +28,12 @@ from statelessify.testing import (
 from statelessify.testing.strategies._optimizers import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("float64")  # in which torch keeps NAdam's product then
-RULES = {cls.__name__.lower(): cls for cls in CLASSES}
 WIDE = torch.float64
 NUMBER = st.floats(0.25, 2)
 
 
 def some(share: int) -> settings:
     return settings(max_examples=max(settings().max_examples // share, 3))
-
-
-# Torch's own optimizer with the settings of a drawn one --------------------------------------------------------------
-
-
-def rule_of(optimizer: optim.Optimizer) -> Any:
-    return optimizer.init.__self__  # type: ignore[attr-defined]
-
-
-def settings_of(optimizer: optim.Optimizer) -> dict[str, Any]:
-    rule = rule_of(optimizer)
-    return {**rule.hyperparameters, **rule.switches, **rule.choices}
-
-
-def plain(value: Any, name: str) -> Any:
-    """A setting as torch has it, for one parameter."""
-    if isinstance(value, tuple):
-        return tuple(plain(each, name) for each in value)
-    value = value[name] if isinstance(value, dict) else value
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def live(optimizer: optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
-    """One group for each parameter, with its settings."""
-    given = settings_of(optimizer)
-    groups = [{"params": [(name, p)], **{key: plain(value, name) for key, value in given.items()}} for name, p in named]
-    found = RULES[rule_of(optimizer).name](groups, **{"lr": 0.1} if "momentum_decay" not in given else {})
-    for group in found.param_groups:  # of Adagrad, the first accumulator is not taken from the group
-        for p in group["params"] if "initial_accumulator_value" in group else ():
-            found.state[p]["sum"].fill_(group["initial_accumulator_value"])
-    return found
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------
@@ -85,7 +53,7 @@ def reference_of(params: dict[str, Tensor], optimizer: optim.Optimizer) -> Calla
     """Torch's, save where it has none, or computes in bfloat16."""
     if rule_of(optimizer).name in ("lion", "muon"):
         return None
-    return lambda leaves: live(optimizer, zip(params, leaves, strict=True))
+    return lambda leaves: live_as(optimizer, zip(params, leaves, strict=True))
 
 
 @some(3)
@@ -128,7 +96,7 @@ def test_pure_steps_among_those_of_torch(drawn: Any, before: int, pure: int) -> 
     assume(rule_of(optimizer).name != "lion")
 
     def make(own: nn.Module) -> torch.optim.Optimizer:
-        return live(optimizer, own.named_parameters())
+        return live_as(optimizer, own.named_parameters())
 
     round_trip(make, module, gradients, before=before, pure=pure)
 
@@ -241,6 +209,7 @@ def test_transformed_gradients(make: Any, grads: Any, bound: float) -> None:
     grads = tree_map(lambda leaf: torch.where(leaf.abs() < 1e-3, leaf + 0.5, leaf), grads)
     flat = torch.cat([leaf.detach().flatten() for leaf in tree_leaves(grads)])
     norm = flat.norm()
+    assume((torch.cat([norm[None], flat.abs()]) - bound).abs().min() > 1e-2)  # there is a kink
     formulas = {
         optim.clip_by_global_norm: flat * min(1, bound / max(float(norm), 1e-9)),
         optim.clip_by_value: flat.clamp(-bound, bound),
@@ -253,7 +222,7 @@ def test_transformed_gradients(make: Any, grads: Any, bound: float) -> None:
         return make(tree["bound"])(tree["grads"])
 
     tree = {"grads": grads, "bound": torch.tensor(bound, dtype=WIDE)}
-    check_grads(transformed, tree, order=2, entries=1, kinks="skip")
+    check_grads(transformed, tree, order=2, entries=1)
 
 
 @some(2)
