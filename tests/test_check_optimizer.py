@@ -69,6 +69,11 @@ def test_the_second_order_complex_parameters_and_groups() -> None:
     check_optimizer(optim.sgd(lr={"m*": torch.rand(2, 3), "[nv]*": torch.tensor(0.1)}), steps=2)
 
 
+def test_a_rate_in_float32() -> None:
+    rate = torch.tensor(0.1, dtype=torch.float32)
+    check_optimizer(optim.sgd(lr=rate, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), entries=0)
+
+
 class State(NamedTuple):
     memory: Any
 
@@ -158,6 +163,13 @@ class Own:
         if self.mistake == "structure":
             slots["extra"] = slots["m"]
         return new, optim.OptState(state.step + 1, state.hyperparameters, slots)
+
+
+def test_averages_that_go_down() -> None:
+    reference = lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True)
+    check_optimizer(optim.adam(lr=0.1, amsgrad=True), reference, steps=3, entries=0)
+    with pytest.raises(AssertionError, match="after step 2 of 3"):
+        check_optimizer(optim.adam(lr=0.1), reference, steps=3)
 
 
 def adam(params: Any) -> torch.optim.Optimizer:

@@ -88,6 +88,7 @@ def test_plain_numbers(optimizer: optim.Optimizer) -> None:
 
 
 @given(st.data(), optimizers(smooth=True))
+@settings(max_examples=30)
 def test_smooth_steps_have_derivatives(data: Any, optimizer: optim.Optimizer) -> None:
     params, first, second = (
         data.draw(tensors((2,), dtype=torch.float64, min_value=-2, max_value=2, away_from=away))

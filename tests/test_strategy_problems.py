@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import given
 from hypothesis.errors import InvalidArgument
-from pasted import again
+from pasted import again, smallest
 from torch import Tensor, nn
 
 from statelessify import adapt_tasks, optim, over_tasks
@@ -66,7 +66,7 @@ def test_options(problem: Problem) -> None:
 
 
 def test_the_smallest() -> None:
-    found = find(problems(), lambda problem: True)
+    found = smallest(problems())
     assert type(found.module) is nn.Linear
     assert found.supports[0].shape == (1, 1, 1)
 
@@ -84,4 +84,4 @@ def test_the_smallest() -> None:
 def test_options_that_there_are_not(options: dict[str, Any], words: str) -> None:
     strategy = problems(**options)
     with pytest.raises(InvalidArgument, match=words):
-        find(strategy, lambda problem: True)
+        smallest(strategy)

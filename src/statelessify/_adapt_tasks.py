@@ -177,7 +177,9 @@ def adapt_tasks(
             )
         loop = _Loop(plain(loss), optimizer, grad_transform, mapper, carry is not None, batch_at)
         loop = loop._replace(compiled=compiled_step(loss, loop.step, batches))
-        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
+        begin = initial.expanded(count)
+        if True in initial.mapped:  # what is expanded is a tensor of its own already
+            begin = apart(begin)
         start = State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"])
         final, losses = gradient.run(loop, start, steps) if steps else (start, ())
         values = torch.stack(tuple(losses), 1) if losses else torch.zeros(count, 0, **loss_options(params))
@@ -243,7 +245,7 @@ class _Loop(NamedTuple):
 
     def _gradients(self, state: State, batch: Tasks, differentiable: bool) -> tuple[Tensor, Tasks, Any]:
         """Losses, carries and gradients of all tasks, in chunks."""
-        tasks, tensors = self.mapper.tasks, tree_leaves(state.params)
+        tasks = self.mapper.tasks
 
         def chunk(here: slice) -> tuple[Tensor, Tasks, Any]:
             if here.stop - here.start == tasks:
@@ -251,7 +253,7 @@ class _Loop(NamedTuple):
             params = sliced(per_task(state.params), here).tree
             return self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable)
 
-        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, tensors)
+        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, state.params)
         if len(parts) == 1:
             return parts[0]
         carries = [carry for _, carry, _ in parts]

@@ -34,7 +34,7 @@ def together(optimizer: Optimizer, opt_state: Tasks, params: Any) -> Tasks | Tog
     state, marks = opt_state.tree, marked(opt_state)
     if not isinstance(marks, OptState) or not optimizer.elementwise or not is_rule(optimizer) or schedules_of(state):
         return opt_state
-    own = any(mark.mapped for mark in tree_leaves((marks.step, marks.hyperparameters)))
+    own = True in opt_state.mapped and any(m.mapped for m in tree_leaves((marks.step, marks.hyperparameters)))
     fits = like_parameters(state.slots, [leaf.shape for leaf in tree_leaves(params)])
     return Together(state) if fits and not own else opt_state
 
@@ -99,6 +99,8 @@ def unwrapped(tasks: Tasks) -> Tasks:
 
 def shared_step(tasks: Tasks) -> Tasks:
     """The step count as one number where all tasks agree on it, as they do in the state of an earlier run."""
+    if True not in tasks.mapped:
+        return tasks
     state = marked(tasks)
     mark: Any = state.step if isinstance(state, OptState) else None
     if mark is None or not mark.mapped or transforming() or not bool((mark.leaf == mark.leaf[0]).all()):

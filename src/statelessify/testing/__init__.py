@@ -21,14 +21,7 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import (
-        check_grads,
-        check_meta_grads,
-        check_modes,
-        check_optimizer,
-        check_over_tasks,
-        check_stateless,
-    )
+    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_over_tasks, check_stateless
     from .strategies import (
         inputs_for,
         losses,

@@ -83,15 +83,13 @@ def check_func(routes: Routes, tree: Any, required: bool, note: str) -> None:
             raise AssertionError(f"the derivative by `torch.func.grad` is wrong: {error}") from None
 
 
-def assert_near(found: Any, expected: Any, names: tuple[str, str], note: str = "") -> None:
-    """Equal up to rounding, relative to the size of each leaf."""
-    sizes = [float(leaf.detach().abs().max()) for leaf in tree_leaves(expected) if is_inexact(leaf) and leaf.numel()]
-    narrow = any(
-        is_inexact(leaf) and leaf.dtype != torch.float64 and leaf.dtype != torch.complex128
-        for leaf in tree_leaves(expected)
-    )
-    rtol = 1e-4 if narrow else 1e-8
-    assert_trees_close(found, expected, rtol=rtol, atol=rtol * 1e-2 * max(sizes, default=0.0), names=names, note=note)
+def assert_near(found: Any, expected: Any, names: tuple[str, str], note: str = "", rtol: float = 1e-8) -> None:
+    """Equal up to rounding, relative to the size of the largest leaf."""
+    leaves = [leaf for leaf in tree_leaves(expected) if is_inexact(leaf) and leaf.numel()]
+    largest = max((float(leaf.detach().abs().max()) for leaf in leaves), default=0.0)
+    if any(leaf.dtype not in (torch.float64, torch.complex128) for leaf in leaves):
+        rtol = 1e-4
+    assert_trees_close(found, expected, rtol=rtol, atol=1e-2 * rtol * largest, names=names, note=note)
 
 
 def near(found: Any, expected: Any) -> bool:

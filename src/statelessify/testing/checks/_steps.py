@@ -17,6 +17,10 @@ from ._probe import is_inexact
 __all__: list[str] = []
 
 
+SMALL = 0.01
+"""So much smaller than others are some gradients, for averages to go down as well."""
+
+
 class Run(NamedTuple):
     """What several steps gave.
 
@@ -116,15 +120,18 @@ def _alone(leaf: Any) -> Any:
 
 
 def gradients_like(params: Any, count: int, seed: int) -> Any:
-    """``(count, ...)`` numbers of either sign, none near zero, for each parameter."""
+    """``(count, ...)`` numbers of either sign for each parameter, none zero; the second ones are much smaller."""
     generator = torch.Generator().manual_seed(seed)
+    scales = torch.ones(count, dtype=torch.float64)
+    scales[1::4] = SMALL
 
     def draw(leaf: Tensor) -> Tensor:
         shape, kind = (count, *leaf.shape), leaf.real.dtype if leaf.is_complex() else leaf.dtype
 
         def one() -> Tensor:
             sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-            return ((torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5) * sign).to(kind)
+            size = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+            return (size * sign * scales.reshape(-1, *[1] * leaf.ndim)).to(kind)
 
         drawn = torch.complex(one(), one()) if leaf.is_complex() else one()
         return drawn.to(leaf.device)

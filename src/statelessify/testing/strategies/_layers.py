@@ -307,11 +307,11 @@ FAMILIES: dict[str, tuple[Layer, ...]] = {
 """Family -> its layers, simplest first; a module of integers begins with one of `embedding`, too."""
 
 
-def embedding(draw: st.DrawFn, item: Indices) -> tuple[Call, Shape]:
+def embedding(draw: st.DrawFn, item: Indices, wanted: Wanted) -> tuple[Call, Shape]:
     """A layer for integers."""
     size = draw(SIZE)
-    if item.shape and draw(NO):
+    if item.shape and draw(NO) and not wanted.smooth:  # torch has no second derivative of a bag
         mode = draw(st.sampled_from(["mean", "sum"]))
         return call(nn.EmbeddingBag, item.below, size, mode=mode), (size,)
-    padding = draw(st.sampled_from([None, 0]))
+    padding = None if wanted.smooth else draw(st.sampled_from([None, 0]))  # its row has the gradient zero by decree
     return call(nn.Embedding, item.below, size, padding_idx=padding), (*item.shape, size)

@@ -152,7 +152,7 @@ def _plans(
     takes = draw(st.sampled_from(starts))(draw)
     calls: list[Call] = []
     if isinstance(takes, Indices):
-        first, shape = embedding(draw, takes)
+        first, shape = embedding(draw, takes, wanted)
         calls.append(first)
     else:
         shape = takes

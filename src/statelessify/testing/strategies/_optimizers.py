@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -152,14 +152,26 @@ def _calls(rule: str, kind: str | None, smooth: bool, names: tuple[str, ...]) ->
     numbers = {name: _values(span, kind, names) for name, span in spans.items()}
     switches = [each for each in (*SWITCHES.get(rule, ()), "maximize") if not (smooth and each == "amsgrad")]
     fixed: dict[str, Any] = {"dtype": st.sampled_from([None, torch.float32])} if rule == "muon" else {}
-    required = {name: numbers[name] for name in spans if name in needed} | fixed
-    optional = {name: numbers[name] for name in spans if name not in needed}
-    optional |= dict.fromkeys(switches, st.booleans())
+    options = {**numbers, **fixed, **dict.fromkeys(switches, st.booleans())}
     if rule == "muon":
-        optional["ns_steps"] = st.integers(1, 5)
-        optional["adjust_lr_fn"] = st.sampled_from(["original", "match_rms_adamw"])
-    chosen = st.fixed_dictionaries(required, optional=optional)
-    return chosen.map(lambda given: _legal(rule, given)).flatmap(lambda given: st.builds(make, **_just(given)))
+        options["ns_steps"] = st.integers(1, 5)
+        options["adjust_lr_fn"] = st.sampled_from(["original", "match_rms_adamw"])
+    return _call(rule, make, options, needed | fixed.keys())
+
+
+@st.composite
+def _call(
+    draw: st.DrawFn,
+    rule: str,
+    make: Callable[..., optim.Optimizer],
+    options: dict[str, st.SearchStrategy[Any]],
+    needed: set[str],
+) -> optim.Optimizer:
+    given = {name: draw(values) for name, values in options.items() if name in needed or draw(_GIVEN)}
+    return draw(st.builds(make, **_just(_legal(rule, given))))  # `builds`, so that hypothesis prints the call
+
+
+_GIVEN = st.booleans()
 
 
 def _just(given: Mapping[str, Any]) -> dict[str, st.SearchStrategy[Any]]:
@@ -176,9 +188,7 @@ def _legal(rule: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_zero(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_is_zero, cast("dict[str, Any]", value).values()))
-    return float(value.detach() if isinstance(value, torch.Tensor) else value) == 0
+    return any(leaf == 0 for leaf in tree_leaves(value))
 
 
 def _values(span: Span | tuple[Span, ...], kind: str | None, names: tuple[str, ...]) -> st.SearchStrategy[Any]:

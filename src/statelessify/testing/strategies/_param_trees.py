@@ -87,12 +87,12 @@ def _parameters(
 
 @st.composite  # not `dictionaries` and `map`, which hypothesis prints as calls, or by `repr`
 def _nested(draw: st.DrawFn, trees: st.SearchStrategy[Any]) -> Any:
-    kind = draw(st.sampled_from([dict, list, tuple, Pair]))
-    if kind is Pair:
+    kind = draw(st.sampled_from(["dict", "list", "tuple", "Pair"]))
+    if kind == "Pair":
         return Pair(draw(trees), draw(trees))
     items = draw(st.lists(trees, min_size=1, max_size=3))
-    if kind is not dict:
-        return kind(items)
+    if kind != "dict":
+        return items if kind == "list" else tuple(items)
     size = len(items)
     names = draw(st.lists(st.sampled_from(_NAMES), unique=True, min_size=size, max_size=size))
     return dict(zip(names, items, strict=True))
