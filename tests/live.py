@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -183,10 +184,12 @@ def plain(value: Any, name: str) -> Any:
 
 
 def live_as(optimizer: optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
-    """One group for each parameter, with its settings."""
-    given = settings_of(optimizer)
+    """One group for each parameter, with its settings, as far as torch knows them."""
+    cls = RULES[rule_of(optimizer).name]
+    known = inspect.signature(cls).parameters
+    given = {name: value for name, value in settings_of(optimizer).items() if name in known}
     groups = [{"params": [(name, p)], **{key: plain(value, name) for key, value in given.items()}} for name, p in named]
-    found = RULES[rule_of(optimizer).name](groups, **{"lr": 0.1} if "momentum_decay" not in given else {})
+    found = cls(groups)
     for group in found.param_groups:  # of Adagrad, the first accumulator is not taken from the group
         for p in group["params"] if "initial_accumulator_value" in group else ():
             found.state[p]["sum"].fill_(group["initial_accumulator_value"])

@@ -39,6 +39,13 @@ def some(share: int) -> settings:
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
+def decays_from_zero(optimizer: optim.Optimizer) -> bool:
+    """Whether a learned decay of squares is zero: below it, where differences go, they may be negative."""
+    known = settings_of(optimizer)
+    leaves = tree_leaves([known.get(name) for name in ("betas", "rho", "alpha")])
+    return any(isinstance(leaf, Tensor) and not leaf for leaf in leaves)
+
+
 @st.composite
 def trained(draw: st.DrawFn, **options: Any) -> tuple[Any, optim.Optimizer]:
     """Parameters by name, and an optimizer for them."""
@@ -46,7 +53,7 @@ def trained(draw: st.DrawFn, **options: Any) -> tuple[Any, optim.Optimizer]:
     leaf = param_trees(dtype=WIDE, shape=shape, requires_grad=False, max_leaves=1).map(tree_leaves)
     leaves = draw(st.lists(leaf, min_size=1, max_size=2))
     params = {f"p{index}": leaf for index, (leaf,) in enumerate(leaves)}
-    return params, draw(optimizers(params=params, **options))
+    return params, draw(optimizers(params=params, **options).filter(lambda drawn: not decays_from_zero(drawn)))
 
 
 def reference_of(params: dict[str, Tensor], optimizer: optim.Optimizer) -> Callable[[Any], Any] | None:
