@@ -205,4 +205,5 @@ def test_flags_are_policies(drawn: Any, copied: bool) -> None:
     fmodel, loose, cut, apart = outcome(higher, drawn, copy_initial_weights=copied, track_higher_grads=False)
     assert_trees_close((loose, cut), (weights, value))
     assert all(p.is_leaf and p.requires_grad for p in loose)
+    assert len(fmodel._fast_params) == 1
     assert slopes(cut, trained(apart)) == [None] * len(expected)

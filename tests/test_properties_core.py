@@ -37,9 +37,12 @@ from statelessify.testing import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's vmap, for some layers
-FEW = settings(max_examples=max(settings().max_examples // 4, 5))
 POLICIES = st.sampled_from(["alias", "clone", "detach"])
 WIDE = torch.float64
+
+
+def some(share: int) -> settings:
+    return settings(max_examples=max(settings().max_examples // share, 5))
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -85,7 +88,7 @@ def test_a_copy_is_moved_in_the_same_pass(tree: Any, policy: Any, dtype: Any) ->
         assert (new.device.type, new.shape, new.dtype) == ("meta", old.shape, dtype or old.dtype)
 
 
-@FEW
+@some(10)
 @given(param_trees(dtype=WIDE), st.floats(0.5, 2))
 def test_gradients_go_through_clones_and_stacks(tree: Any, factor: float) -> None:
     def through(tree: Any) -> Any:
@@ -104,7 +107,7 @@ def test_stacks_come_apart_again(tree: Any, factors: list[float]) -> None:
     assert_same(tree_stack(tree_unstack(stacked)), stacked)
 
 
-@FEW
+@some(4)
 @given(param_trees(dtype=WIDE), st.lists(st.floats(0.5, 2), min_size=1, max_size=3))
 def test_a_loop_over_unstacked_tasks_is_many_tasks(tree: Any, factors: list[float]) -> None:
     def one(tree: Any) -> Any:
@@ -153,7 +156,7 @@ def test_parts_are_combined_again(drawn: Any, data: st.DataObject) -> None:
         combine(tree, partition(tree, glob)[0])
 
 
-@FEW
+@some(4)
 @given(modules(dtype=WIDE, random=False), st.data())
 def test_parts_of_a_module_are_differentiated(module: nn.Module, data: st.DataObject) -> None:
     args = data.draw(inputs_for(module))
@@ -227,6 +230,7 @@ def test_policies(module: nn.Module, policy: Any, other: Any, data: st.DataObjec
     assert not (policy == "detach" and reached)
 
 
+@some(2)
 @given(modules(), st.sampled_from(["clone", "detach"]), st.data())
 def test_a_module_is_moved_to_another_dtype(module: nn.Module, policy: Any, data: st.DataObject) -> None:
     args = data.draw(inputs_for(module))
@@ -238,6 +242,7 @@ def test_a_module_is_moved_to_another_dtype(module: nn.Module, policy: Any, data
     assert_same(seeded_call(apply, params, buffers, *wide)[0], seeded_call(copy.deepcopy(module).double(), *wide))
 
 
+@some(2)
 @given(modules(), st.data())
 def test_a_bound_module_is_the_call(module: nn.Module, data: st.DataObject) -> None:
     args = data.draw(inputs_for(module))
@@ -260,6 +265,7 @@ def test_a_bound_module_is_the_call(module: nn.Module, data: st.DataObject) -> N
             assert weight is None or torch.equal(part(x), nn.functional.linear(x, weight, part.bias))
 
 
+@some(2)
 @given(modules(), st.booleans(), st.data())
 def test_an_apply_in_another_mode(module: nn.Module, mode: bool, data: st.DataObject) -> None:
     args = data.draw(inputs_for(module))
@@ -278,7 +284,7 @@ def test_an_apply_in_another_mode(module: nn.Module, mode: bool, data: st.DataOb
 # Explanations --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=max(settings().max_examples // 2, 5))
+@some(2)
 @given(modules(), st.data())
 def test_an_explanation_is_true(module: nn.Module, data: st.DataObject) -> None:
     """Compilation is left out: it takes seconds."""

@@ -63,7 +63,7 @@ def reference_of(params: dict[str, Tensor], optimizer: optim.Optimizer) -> Calla
     return lambda leaves: live_as(optimizer, zip(params, leaves, strict=True))
 
 
-@some(3)
+@some(4)
 @given(trained(), st.integers(2, 3))
 def test_every_rule(drawn: Any, steps: int) -> None:
     params, optimizer = drawn
@@ -71,7 +71,7 @@ def test_every_rule(drawn: Any, steps: int) -> None:
     check_optimizer(optimizer, reference, params=params, steps=steps, entries=1, kinks="skip")
 
 
-@some(12)
+@some(16)
 @given(trained(smooth=True))
 def test_second_derivatives(drawn: Any) -> None:
     params, optimizer = drawn
@@ -200,7 +200,16 @@ def test_a_scheduled_rate(scheduler: Any, rate: float, rule: Any) -> None:
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         return optimizer
 
+    def scheduled(rate: Tensor) -> Any:
+        optimizer = ours(lr=optim.schedule(cls, rate, **options), **fixed)
+        params = {"w": torch.tensor([1.0, -2.0])}
+        state = optimizer.init(params)
+        for _ in range(2):
+            params, state = optimizer.step(params, params, state)
+        return params
+
     check_optimizer(ours(lr=optim.schedule(cls, learned, **options), **fixed), reference, steps=3, entries=1)
+    check_grads(scheduled, learned.detach(), modes=("reverse",))
 
 
 # Transforms of gradients ---------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ TRANSFORMS = st.sampled_from([optim.clip_by_global_norm, optim.clip_by_value, op
 BOUNDS = st.floats(0.125, 8)
 
 
-@some(3)
+@some(4)
 @given(TRANSFORMS, param_trees(dtype=WIDE, max_leaves=3), BOUNDS)
 def test_transformed_gradients(make: Any, grads: Any, bound: float) -> None:
     """Against their formulas, and differences by the gradients and the bound."""
@@ -232,7 +241,7 @@ def test_transformed_gradients(make: Any, grads: Any, bound: float) -> None:
     check_grads(transformed, tree, order=2, entries=1)
 
 
-@some(2)
+@some(4)
 @given(TRANSFORMS, param_trees(dtype=WIDE, max_leaves=3), st.lists(BOUNDS, min_size=1, max_size=3))
 def test_transformed_gradients_of_each_task(make: Any, grads: Any, bounds: list[float]) -> None:
     tasks = tree_stack([tree_map(lambda leaf, by=by: leaf * by, grads) for by in bounds])
