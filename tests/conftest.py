@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import conformance_report
+import planted_report
 import pytest
 import torch
-
-# The option and the table at the end are hooks: pytest finds them by their names here.
-from conformance_report import pytest_addoption as pytest_addoption
-from conformance_report import pytest_terminal_summary as pytest_terminal_summary
 from conformance_report import zoo_record as zoo_record
 from hypothesis import settings
 
@@ -22,6 +21,16 @@ settings.register_profile("ci", max_examples=100, deadline=None, derandomize=Tru
 settings.register_profile("deep", max_examples=2000, deadline=None, derandomize=False)
 default_profile = "ci" if os.environ.get("CI") == "true" else "dev"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default_profile))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for report in (conformance_report, planted_report):
+        report.pytest_addoption(parser)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for report in (conformance_report, planted_report):
+        report.pytest_terminal_summary(terminalreporter, config)
 
 
 @pytest.fixture(autouse=True)
