@@ -194,7 +194,7 @@ def test_only_modules_are_modules(wrong: Any, options: Any) -> None:
         stateless(wrong, **options)
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2)])
+@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2), 3.0, {"x": torch.ones(2, 3)}])
 def test_example_args_are_a_tuple(wrong: Any) -> None:
     with pytest.raises(errors.StatelessifyError, match="example_args"):
         stateless(nn.LazyLinear(2), example_args=wrong)
