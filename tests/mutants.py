@@ -163,13 +163,17 @@ def _number(file: str, index: int) -> int:
 
 
 def _messages(module: cst.Module) -> set[cst.CSTNode]:
-    """All that stands in the call that makes an error or a warning."""
+    """All that stands in the call that makes an error or a warning, and whether a zip is strict: what cannot be."""
     found: set[cst.CSTNode] = set()
 
     class Visitor(cst.CSTVisitor):
         def visit_Call(self, node: cst.Call) -> None:
             name = module.code_for_node(node.func)
             if name.endswith(("Error", "warn", "_warn_once")):
+                found.update(_below(node))
+
+        def visit_Arg(self, node: cst.Arg) -> None:
+            if node.keyword is not None and node.keyword.value == "strict":
                 found.update(_below(node))
 
     module.visit(Visitor())
@@ -217,7 +221,8 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=2, help="one in so many mutants that decide something")
     parser.add_argument("--others", type=int, default=16, help="one in so many of the rest")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of tests for one mutant")
-    parser.add_argument("--again", action="store_true", help="run those that have survived before")
+    parser.add_argument("--again", action="store_true", help="only those that have survived before")
+    parser.add_argument("--tests", nargs="*", help="run these for each mutant, not those that reach its line")
     arguments = parser.parse_args()
     MADE.mkdir(exist_ok=True)
     os.chdir(ROOT)
@@ -226,11 +231,11 @@ def main() -> None:
     for module in WARM:
         import_module(module)
     gc.freeze()  # pytest collects garbage three times, which need not walk through torch
-    if not (MADE / "seconds.json").exists():
+    if not arguments.tests and not (MADE / "seconds.json").exists():
         files = [f"tests/test_{name}.py" for name in TESTS.split()]
         if in_a_fork(measure, files) != 0:
             sys.exit(f"the tests fail without a mutant: see {MADE / 'last.log'}")
-    reach, results = Reach(), MADE / "results.jsonl"
+    reach, results = None if arguments.tests else Reach(), MADE / "results.jsonl"
     known = {}
     if results.exists():
         entries = map(json.loads, results.read_text().splitlines())
@@ -242,10 +247,11 @@ def main() -> None:
         count, sample = mutants(file, arguments.decisions, arguments.others)
         for mutated in sample:
             line, diff = difference(code, mutated)
-            before = known.get((file, diff))
-            if before is not None and not (arguments.again and before == "survived"):
+            if (known.get((file, diff), "killed") == "killed") if arguments.again else (file, diff) in known:
                 continue
-            tests, total = reach.tests(path, statement(tree, line), arguments.seconds)
+            tests, total = arguments.tests, 60.0
+            if reach is not None:
+                tests, total = reach.tests(path, statement(tree, line), arguments.seconds)
             outcome, word = -1, "not reached"
             if tests:
                 outcome = in_a_fork(run_with, name, path, mutated, tests, seconds=60 + 10 * total)

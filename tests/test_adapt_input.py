@@ -100,6 +100,14 @@ def test_complex_parameters_are_trained_as_pairs(make: Any) -> None:
         assert_close(adapted, torch.view_as_complex(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64, torch.float32])
+def test_losses_are_real_also_where_there_are_none(dtype: torch.dtype) -> None:
+    loss = lambda w, batch: w.abs().square().sum()
+    adapted = [adapt(loss, torch.ones(3, dtype=dtype), None, optimizer=optim.sgd(), steps=n) for n in (0, 2)]
+    assert [list(each.losses.shape) for each in adapted] == [[0], [2]]
+    assert {each.losses.dtype for each in adapted} == {torch.ones((), dtype=dtype).abs().dtype}
+
+
 def test_an_object_with_call_is_a_loss() -> None:
     learned = nn.Linear(3, 1)
 

@@ -179,7 +179,10 @@ def test_a_point_that_is_not_stationary(kind: str, many: bool) -> None:
         run = lambda: adapt_tasks(loss, start, target.expand(3, 2), **options)
     else:
         run = lambda: adapt(loss, start, target, **options)
-    with pytest.warns(errors.StationaryPointWarning, match="stationary point of the loss"):
+    ratio = "5.9e-01" if kind == "few steps" else ""  # 0.9 ** 5
+    with pytest.warns(
+        errors.StationaryPointWarning, match=f"stationary point of the loss.* {ratio}.* that at the start"
+    ):
         run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
