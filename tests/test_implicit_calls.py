@@ -258,6 +258,16 @@ def test_a_decay_of_zero_is_none() -> None:
         assert_close(torch.autograd.grad(w.sum(), target)[0], torch.ones(3), NEAR)
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_an_optimizer_of_ones_own_without_hyperparameters(many: bool) -> None:
+    own = optim.Optimizer(lambda params: (), lambda params, grads, state: (params - 0.1 * grads, state))
+    target = torch.randn(2, 3, requires_grad=True)
+    run: Any = adapt_tasks if many else adapt
+    w = run(LOSS, torch.zeros(3), target if many else target[0], **{**OPTIONS, "optimizer": own}).params
+    wanted = torch.ones(2, 3) if many else torch.tensor([[1.0] * 3, [0.0] * 3])
+    assert_close(torch.autograd.grad(w.sum(), target)[0], wanted, NEAR)
+
+
 def test_a_system_that_cannot_be_solved() -> None:
     """A saddle that the loop rests at, and a solve that is cut off: errors in the backward pass."""
     target = torch.ones(3, requires_grad=True)
