@@ -216,6 +216,23 @@ def test_first_order_does_not_warn_of_a_carry_that_it_reaches() -> None:
     assert torch.autograd.grad(adapted.carry.sum(), hidden)[0].abs().min() > 0
 
 
+def test_first_order_keeps_the_graph_that_a_carry_shares_with_the_loss() -> None:
+    start, hidden = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    state = lambda w, h, b: torch.tanh(w * b + h)
+
+    def once(w: Tensor, h: Tensor, b: Tensor) -> Any:
+        new = state(w, h, b)
+        return (new**2).sum(), new
+
+    twice = lambda w, h, b: ((state(w, h, b) ** 2).sum(), state(w, h, b))
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 2, "gradient": FirstOrder(), "carry": hidden}
+    found, expected = (
+        torch.autograd.grad(adapt(loss, start, torch.ones(3), **options).carry.sum(), (start, hidden))
+        for loss in (once, twice)
+    )
+    assert_close(found, expected)
+
+
 # The same numbers in every context ---------------------------------------------------------------------------------
 
 
