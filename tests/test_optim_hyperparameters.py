@@ -84,6 +84,17 @@ def test_every_form_of_a_number(rule: str, name: str) -> None:
             assert found[1].hyperparameters[name] is spec or found[1].hyperparameters[name] == spec
 
 
+@EACH_RULE
+def test_a_state_brings_its_hyperparameters_to_an_optimizer_that_has_seen_others(rule: str) -> None:
+    """Plain numbers are checked once: what another state has is no less its own."""
+    params, gradients = tensors_of(rule), gradients_of(rule)
+    optimizer, by_name = make(rule), {"body.*": 0.1, "head.*": 0.02, "tail.*": torch.tensor(0.03)}
+    run(optimizer, params, gradients)
+    for lr in (by_name, 0.05, lambda step: by_name):
+        other = make(rule, lr=lr)
+        assert_same_run(run(optimizer, params, gradients, other.init(params)), run(other, params, gradients))
+
+
 def entries(tensor: Tensor) -> dict[str, Tensor]:
     """The entries of a tensor that broadcasts to ``(2, 3)``, each under a name of its own."""
     return {f"entry.{index}": value for index, value in enumerate(tensor.expand(2, 3).flatten())}

@@ -135,6 +135,15 @@ def test_each_task_has_its_own_system_scale_and_end(solve: Any, seed: int, tasks
     assert_close(found, alone, 1e-12)
 
 
+def test_a_task_that_has_ended_rests_while_others_go_on() -> None:
+    """Steps after its end would multiply what rounding has left of its residual by a hundred each."""
+    entries = ([100.0, 97.0, *[100.0] * 8], [2.0**-i for i in range(10)])
+    matrices = torch.stack([torch.diag(torch.tensor(each)) for each in entries])
+    b = torch.randn(2, 10)
+    found = torch.vmap(lambda matrix, b: cg(times(matrix), b))(matrices, b)
+    assert_close(found, torch.linalg.solve(matrices, b), 1e-7)
+
+
 @ALL
 def test_tasks_may_share_the_matrix_or_the_right_hand_side(solve: Any) -> None:
     matrices, b = positive(3, 4), torch.randn(3, 4)
