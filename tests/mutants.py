@@ -86,20 +86,34 @@ class Clock:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
 
 
+def stamp() -> str:
+    """Of the code that was measured: lines of other code lie elsewhere."""
+    files = [*sorted(SOURCE.rglob("*.py")), *(ROOT / f"tests/test_{name}.py" for name in TESTS.split())]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def measure(files: list[str]) -> int:
     os.environ["COVERAGE_FILE"] = str(MADE / "coverage")
     clock = Clock()
     options = ["--cov=statelessify", "--cov-context=test", "--cov-report="]
     outcome = pytest.main([*PYTEST, *options, *files], plugins=[clock])
-    (MADE / "seconds.json").write_text(json.dumps(clock.seconds))
+    (MADE / "seconds.json").write_text(json.dumps({"stamp": stamp(), "seconds": clock.seconds}))
     return int(outcome)
+
+
+def _measured() -> dict[str, Any]:
+    file = MADE / "seconds.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found if found.get("stamp") == stamp() else {}
 
 
 class Reach:
     """The tests that run a line, the fastest first."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = json.loads((MADE / "seconds.json").read_text())
+        if not _measured() and in_a_fork(measure, [f"tests/test_{name}.py" for name in TESTS.split()]) != 0:
+            sys.exit(f"the tests fail without a mutant: see {MADE / 'last.log'}")
+        self._seconds: dict[str, float] = _measured()["seconds"]
         self._data = CoverageData(str(MADE / "coverage"))
         self._data.read()
         self._lines: dict[Path, dict[int, list[str]]] = {}
@@ -221,7 +235,7 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=2, help="one in so many mutants that decide something")
     parser.add_argument("--others", type=int, default=16, help="one in so many of the rest")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of tests for one mutant")
-    parser.add_argument("--again", action="store_true", help="only those that have survived before")
+    parser.add_argument("--again", action="store_true", help="also those that have survived before")
     parser.add_argument("--tests", nargs="*", help="run these for each mutant, not those that reach its line")
     arguments = parser.parse_args()
     MADE.mkdir(exist_ok=True)
@@ -231,36 +245,39 @@ def main() -> None:
     for module in WARM:
         import_module(module)
     gc.freeze()  # pytest collects garbage three times, which need not walk through torch
-    if not arguments.tests and not (MADE / "seconds.json").exists():
-        files = [f"tests/test_{name}.py" for name in TESTS.split()]
-        if in_a_fork(measure, files) != 0:
-            sys.exit(f"the tests fail without a mutant: see {MADE / 'last.log'}")
     reach, results = None if arguments.tests else Reach(), MADE / "results.jsonl"
     known = {}
     if results.exists():
         entries = map(json.loads, results.read_text().splitlines())
         known = {(entry["file"], entry["diff"]): entry["outcome"] for entry in entries}
     for file in arguments.files:
-        path, code = SOURCE / file, (SOURCE / file).read_text()
-        name = "statelessify." + file.removesuffix(".py").replace("/", ".")
+        code = (SOURCE / file).read_text()
         tree = ast.parse(code)
         count, sample = mutants(file, arguments.decisions, arguments.others)
+        outcomes = list[str]()
         for mutated in sample:
             line, diff = difference(code, mutated)
-            if (known.get((file, diff), "killed") == "killed") if arguments.again else (file, diff) in known:
-                continue
-            tests, total = arguments.tests, 60.0
-            if reach is not None:
-                tests, total = reach.tests(path, statement(tree, line), arguments.seconds)
-            outcome, word = -1, "not reached"
-            if tests:
-                outcome = in_a_fork(run_with, name, path, mutated, tests, seconds=60 + 10 * total)
-                word = {None: "timeout", 0: "survived"}.get(outcome, "killed")
-            entry = {"file": file, "line": line, "outcome": word, "exit": outcome, "tests": len(tests), "diff": diff}
-            with results.open("a") as out:
-                out.write(json.dumps(entry) + "\n")
-            print(f"{file}:{line} {word}", *([] if word == "killed" else [diff]), sep="\n", flush=True)
-        print(f"{file}: {count} mutants", flush=True)
+            before = known.get((file, diff))
+            if before is None or (arguments.again and before != "killed"):
+                tests, total = arguments.tests, 60.0
+                if reach is not None:
+                    tests, total = reach.tests(SOURCE / file, statement(tree, line), arguments.seconds)
+                before = outcome(file, mutated, tests, 60 + 10 * total)
+                with results.open("a") as out:
+                    out.write(json.dumps({"file": file, "line": line, "outcome": before, "diff": diff}) + "\n")
+            outcomes.append(before)
+            if before != "killed":
+                print(f"{file}:{line} {before}", diff, sep="\n", flush=True)
+        print(f"{file}: {outcomes.count('killed')} of {len(outcomes)} killed, of {count} in all", flush=True)
+
+
+def outcome(file: str, mutated: str, tests: list[str], seconds: float) -> str:
+    """What tests make of a mutant."""
+    if not tests:
+        return "not reached"
+    name = "statelessify." + file.removesuffix(".py").replace("/", ".")
+    code = in_a_fork(run_with, name, SOURCE / file, mutated, tests, seconds=seconds)
+    return {None: "timeout", 0: "survived"}.get(code, "killed")
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ def test_what_all_tasks_share_in_a_carry_is_one_value_in_chunks_too(route: Any) 
 
 def test_first_order_names_the_batches_that_it_does_not_reach() -> None:
     start, scale = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    loss = lambda w, carry, batch: (((w - batch["scale"]) ** 4).sum() * carry["factor"], carry)
-    carry = {"factor": torch.ones((), requires_grad=True)}
-    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 1, "gradient": FirstOrder(), "carry": carry}
-    with pytest.warns(UserWarning, match="passes no gradient to .*`batches.scale`"):
-        adapt_tasks(loss, start, {"scale": scale}, **options)
+    losses = [lambda w, batch: ((w - batch["scale"]) ** 4).sum(), lambda w, batch: ((w - batch["scale"]) ** 2).sum()]
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 1, "gradient": FirstOrder()}
+    for loss in losses:  # once for each
+        with pytest.warns(UserWarning, match="passes no gradient to .*`batches.scale`"):
+            adapt_tasks(loss, start, {"scale": scale}, **options)
 
 
 @pytest.mark.parametrize("silent", [torch.no_grad, torch.inference_mode])
