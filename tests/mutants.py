@@ -245,6 +245,8 @@ def main() -> None:
     for module in WARM:
         import_module(module)
     gc.freeze()  # pytest collects garbage three times, which need not walk through torch
+    if arguments.tests and outcome("_tree.py", (SOURCE / "_tree.py").read_text(), arguments.tests, 600) != "survived":
+        sys.exit(f"the tests fail without a mutant: see {MADE / 'last.log'}")
     reach, results = None if arguments.tests else Reach(), MADE / "results.jsonl"
     known = {}
     if results.exists():
