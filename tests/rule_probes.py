@@ -153,6 +153,15 @@ def _embedding_bag() -> None:
     forward_mode(lambda w: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), w).sum(), torch.randn(3, 4))
 
 
+@probe(torch._weight_norm)
+def _weight_norm() -> None:
+    def slopes(v: Tensor) -> Tensor:
+        out = ruled(torch._weight_norm, "always")(v, torch.ones(2, 1))
+        return torch.autograd.grad(scalar(out.sin()), v, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(slopes, torch.randn(2, 3, requires_grad=True))
+
+
 def second_order(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     out = ruled(call, "always")(x)

@@ -61,3 +61,25 @@ def test_a_second_derivative_that_torch_loses_is_an_error(how: str) -> None:
             assert found.shape == (3,)
     with torch.no_grad():
         meta_loss(CubeOnce, Unroll(), start, how)
+
+
+class Powers:
+    """A loss that is a method, of an object that cannot be hashed."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    __hash__ = None
+
+    def loss(self, w: Tensor, x: Tensor) -> Tensor:
+        return (self.function.apply(w) * x).sum()
+
+
+def test_each_object_whose_method_is_the_loss_is_looked_at() -> None:
+    start, settings = torch.ones(3, requires_grad=True), {"optimizer": optim.sgd(0.1), "steps": 2}
+    for _ in range(2):
+        harmless = Powers(Cube)
+        for _ in range(2):
+            adapt(harmless.loss, start, torch.ones(3), **settings)
+        with pytest.raises(errors.DerivativeError, match="once_differentiable"):
+            adapt(Powers(CubeOnce).loss, start, torch.ones(3), **settings)

@@ -25,7 +25,7 @@ from zoo_modules import MLP
 from statelessify import errors, stateless
 from statelessify._known import conduct_of, may_meet_rules
 from statelessify.rules import rule
-from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
+from statelessify.rules._registry import FUNCTIONS, MODULES, RULES, rules
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -288,3 +288,63 @@ def test_a_rule_that_comes_later_holds_too() -> None:
             for when, calls in functions.items():
                 FUNCTIONS[when].clear()
                 FUNCTIONS[when].update(calls)
+
+
+class Branches(nn.Module):
+    """Reaches a norm in some calls only."""
+
+    def __init__(self, normed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.normed = normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x) if x.sum() > 0 else torch.relu(x)
+
+
+class BranchesByName(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return by_layer_norm(x) if x.sum() > 0 else torch.relu(x)
+
+
+def by_layer_norm(x: Tensor) -> Tensor:
+    return torch.layer_norm(x, (4,))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "a function of this file": BranchesByName,
+    "a function of torch": lambda: Branches(F.instance_norm),
+    "a method of torch's": lambda: Branches(nn.InstanceNorm1d(3)),
+    "a norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+    "within a module that has a rule": lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_of_an_inner_step_has_its_rule_also_in_a_branch_not_taken_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, params, buffers = stateless(NORMS[name]())
+    assert conduct_of(apply._skeletons.template) != "unknown"
+    x, met = torch.rand(2, 3, 4), []
+    for function, call in FUNCTIONS["gradients"].items():
+        if "norm" in function.__name__:
+            seen: Callable[..., Any] = lambda *args, call=call, **kwargs: met.append(1) or call(*args, **kwargs)
+            monkeypatch.setitem(FUNCTIONS["gradients"], function, seen)
+    with rules("gradients"):
+        for _ in range(3):
+            apply(params, buffers, -x)
+        met.clear()
+        apply(params, buffers, x)
+    assert met
+
+
+def test_the_rules_of_an_inner_step_are_back_after_each_call() -> None:
+    apply, params, buffers = stateless(nn.Linear(4, 4))
+    with rules("gradients") as mode:
+        for _ in range(3):
+            apply(params, buffers, torch.ones(2, 4))
+        assert not apply._skeletons.may_meet("gradients")
+        with pytest.raises(RuntimeError, match="shapes"):
+            apply(params, buffers, torch.ones(2, 5))
+        assert torch._C._len_torch_function_stack() == 1
+        assert torch._C._get_function_stack_at(0) is mode

@@ -42,6 +42,33 @@ def inner(closed: Tensor) -> Any:
     return loss
 
 
+MAPPED: dict[str, Any] = {
+    "asgd": lambda lr: optim.asgd(lr=lr, lambd=0.1),
+    "nadam": lambda lr: optim.nadam(lr=lr, eps=0.1),
+    "adafactor": lambda lr: optim.adafactor(lr=lr),
+    "dict": lambda lr: optim.nadam(lr={"w": lr}, eps=0.1),
+    "own": lambda lr: optim.sgd(lr=lr, momentum=0.9)._replace(elementwise=False),
+}
+
+
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+@pytest.mark.parametrize("rule", MAPPED)
+def test_hyperparameters_of_steps_that_are_mapped_over_tasks(rule: str, backend: Any) -> None:
+    w, batches = torch.rand(3), torch.rand(4, 3)
+    found: list[Tensor] = []
+    for tasks in (True, False):
+        lr = torch.tensor(0.05, requires_grad=True)
+        options: Any = {"optimizer": MAPPED[rule](lr), "steps": 3, "gradient": Unroll(truncate=2)}
+        loss = lambda p, b: quartic(p["w"], b)
+        if tasks:
+            params = adapt_tasks(loss, {"w": w}, batches, backend=backend, **options).params["w"]
+        else:
+            params = torch.stack([adapt(loss, {"w": w}, batch, **options).params["w"] for batch in batches])
+        found += grads((params**3).sum(), [lr])
+    assert float(found[0]) != 0
+    assert_close(*found)
+
+
 @given(
     seed=st.integers(0, 2**31 - 1),
     steps=st.integers(1, 5),

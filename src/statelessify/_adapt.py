@@ -230,13 +230,19 @@ class outside_inference(AbstractContextManager[Callable[[Any], Any]]):
     """
 
     def __enter__(self) -> Callable[[Any], Any]:
-        self._stack = ExitStack()
+        self._stack: ExitStack | None = None
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-            return lambda tree: tree
+            return _same
+        self._stack = ExitStack()
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(torch.no_grad())
         self._stack.enter_context(OrdinaryTensors())
         return lambda tree: tree if callable(tree) else tree_map(ordinary, tree)
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        if self._stack is not None:
+            self._stack.close()
+
+
+def _same(tree: Any) -> Any:
+    return tree

@@ -21,6 +21,7 @@ from ._gradient import value_and_grad
 from ._loop import Gradient, State, Step
 from ._one_task import adapt_one, alone, lined_up
 from ._task_states import (
+    HandingOn,
     Together,
     expanded_slots,
     initial_state,
@@ -176,7 +177,9 @@ def adapt_tasks(
             )
         loop = _Loop(plain(loss), optimizer, grad_transform, mapper, carry is not None, batch_at)
         loop = loop._replace(compiled=compiled_step(loss, loop.step, batches))
-        begin = Tasks([apart(leaf) for leaf in initial.leaves], initial.mapped, initial.spec).expanded(count)
+        begin = initial.expanded(count)
+        if True in initial.mapped:  # what is expanded is a tensor of its own already
+            begin = apart(begin)
         start = State(begin, together(optimizer, expanded_slots(state, count), begin), known["carry"])
         final, losses = gradient.run(loop, start, steps) if steps else (start, ())
         values = torch.stack(tuple(losses), 1) if losses else torch.zeros(count, 0, **loss_options(params))
@@ -242,7 +245,7 @@ class _Loop(NamedTuple):
 
     def _gradients(self, state: State, batch: Tasks, differentiable: bool) -> tuple[Tensor, Tasks, Any]:
         """Losses, carries and gradients of all tasks, in chunks."""
-        tasks, tensors = self.mapper.tasks, tree_leaves(state.params)
+        tasks = self.mapper.tasks
 
         def chunk(here: slice) -> tuple[Tensor, Tasks, Any]:
             if here.stop - here.start == tasks:
@@ -250,7 +253,7 @@ class _Loop(NamedTuple):
             params = sliced(per_task(state.params), here).tree
             return self._gradient(params, sliced(state.carry, here), sliced(batch, here), differentiable)
 
-        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, tensors)
+        parts = self.mapper.chunks(self.source).run(chunk, tasks, self.mapper.randomness, state.params)
         if len(parts) == 1:
             return parts[0]
         carries = [carry for _, carry, _ in parts]
@@ -272,8 +275,9 @@ class _Loop(NamedTuple):
         done = self._update_all(params, grads, state) if self.optimizer.elementwise else None
         if done is None:
             args = joined(per_task(params), per_task(grads), state)
-            out = marked(self.mapper(checked(self.optimizer), args, self.optimizer.step))
-            done = from_marks(out[0]).tree, from_marks(out[1])
+            step = HandingOn(checked(self.optimizer))
+            out = marked(self.mapper(step, args, self.optimizer.step))
+            done = from_marks(out[0]).tree, step.kept(state, from_marks(out[1]))
         elif state is opt_state:
             return done
         new_params, new_state = done

@@ -26,7 +26,7 @@ from ._effects import (
     writes_parameter,
 )
 from ._kept import fill, guard_methods, is_checkpointing, keep, refuse_reentrant
-from ._known import GLOBAL_HOOKS, may_meet_rules
+from ._known import GLOBAL_HOOKS
 from ._layout import Layout, Tensors
 from ._likeness import Call, as_parameter
 from ._skeleton import Skeleton, Skeletons, Slots
@@ -34,7 +34,7 @@ from ._structure import named_parts
 from ._transforms import in_transform, per_task_one, transforming
 from ._tree import tree_leaves
 from .errors import CheckpointError, ModuleError
-from .rules._registry import RULES, Rules, Watched, active_rules, rules
+from .rules._registry import Hidden, Rules, Watched, active_rules, innermost_rules, rules
 from .typing import Buffers, Params
 
 __all__: list[str] = []
@@ -55,7 +55,6 @@ class Apply:
         self._probed = False
         self._aliased = False  # whether forward hangs something on its parameters: then it gets other names for them
         self._watched = Watched()
-        self._rules, self._may_meet = -1, True  # how many rules there were when the latter was found out
 
     def __call__(self, params: Params, buffers: Buffers, /, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         """Run the module's forward with these tensors in place of its own.
@@ -97,7 +96,7 @@ class Apply:
         inside, reads, layout = in_transform(), skeleton.conduct == "only reads", self._layout
         installed = self._with_own_buffers(tensors, (args, kwargs)) if layout.registered else tensors
         before = versions_of(installed, inside) if reads else None
-        mode = self._mode(inside)
+        mode = self._mode(inside, known=True)
         try:
             skeleton.fill(layout.by_slot(installed))
             if mode is None:
@@ -136,16 +135,16 @@ class Apply:
             if old != new and name not in self._layout.own_buffers:
                 raise writes_parameter(self._name, name, touched=True)
 
-    def _mode(self, inside: bool) -> AbstractContextManager[Any] | None:
+    def _mode(self, inside: bool, known: bool = False) -> AbstractContextManager[Any] | None:
         """The rules that a call needs; None where it is known to need none."""
         if inside:
-            return rules("transforms")
+            return None if innermost_rules() == "transforms" else rules("transforms")
+        if known and innermost_rules() == "gradients":
+            return None if self._skeletons.may_meet("gradients") else Hidden()
         watched = self._watched
         if not watched.entered or watched.met:
             return watched.where_needed()
-        if self._rules != len(RULES):
-            self._rules, self._may_meet = len(RULES), may_meet_rules(self._skeletons.template)
-        return None if not self._may_meet or active_rules() is not None else watched
+        return None if not self._skeletons.may_meet("always") or active_rules() is not None else watched
 
     # Modules with code of their own --------------------------------------------------------------------------------
 
@@ -306,9 +305,6 @@ class Apply:
         for _, part in named_parts(bound):
             guard_methods(part)
         return bound
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rules": -1}  # where it is unpickled there may be others
 
     def __repr__(self) -> str:
         return f"<apply of {self._name}: {len(self._layout.params)} params, {len(self._layout.buffers)} buffers>"

@@ -7,7 +7,7 @@ from that follows the size of the next one, which is measured too, until a large
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import ceil
 from typing import Any, TypeVar
 
@@ -72,12 +72,10 @@ class Chunks:
         self._drawn: list[tuple[list[Tensor], list[int]]] = []
         self._warned = False
 
-    def run(
-        self, call: Callable[[slice], Result], tasks: int, randomness: Randomness, tensors: Iterable[Any]
-    ) -> list[Result]:
-        """``call(here)`` for each chunk; `tensors` say on which device."""
+    def run(self, call: Callable[[slice], Result], tasks: int, randomness: Randomness, tensors: Any) -> list[Result]:
+        """``call(here)`` for each chunk; `tensors`, a tree, say on which device."""
         if isinstance(self.size, str):
-            return self._run_measured(call, tasks, randomness, device_of(tensors))
+            return self._run_measured(call, tasks, randomness, device_of(tree_leaves(tensors)))
         size = tasks if self.size is None else min(self.size, tasks)
         sizes = [min(size, tasks - start) for start in range(0, tasks, size)]
         return _run_sizes(call, sizes, randomness)

@@ -18,7 +18,7 @@ from .errors import DerivativeError
 __all__: list[str] = []
 
 # What looks at a tensor and takes no gradient to it: nothing of it is lost where only these meet it.
-_LOOKS: set[Any] = {
+LOOKS: set[Any] = {
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "layout", "ndim", "data", "requires_grad")
@@ -29,7 +29,7 @@ _LOOKS: set[Any] = {
     *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.detach),
 }
-_SET_REQUIRES_GRAD: Any = cast("Any", Tensor.requires_grad).__set__
+SET_REQUIRES_GRAD: Any = cast("Any", Tensor.requires_grad).__set__
 
 
 class Captures(TorchFunctionMode):
@@ -37,11 +37,16 @@ class Captures(TorchFunctionMode):
 
     From outside is what a graph had made, or a leaf, before the mode began. What a function under the mode has made
     is not, and neither is what belongs to a transform that began later.
+
+    Attributes:
+        found: the tensors, by their numbers.
+        met_known: whether a tensor that was known from the beginning was met, too.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
+        self.met_known = False
         self._known = {id(tensor) for tensor in known}
         self._start = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         self._depth = depth()
@@ -50,12 +55,12 @@ class Captures(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self._depth or func not in _LOOKS:
+        if self._depth or func not in LOOKS:
             _each(self._note, args)
-            _each(self._note, kwargs)
-        out = func(*args, **kwargs)
-        _each(self._keep, args[0] if func == _SET_REQUIRES_GRAD else out)
+            if kwargs:
+                _each(self._note, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        _each(self._keep, args[0] if func == SET_REQUIRES_GRAD else out)
         return out
 
     def new_step(self, given: Iterable[Tensor] = ()) -> None:
@@ -73,13 +78,18 @@ class Captures(TorchFunctionMode):
             tensor = get_unwrapped(tensor)
 
     def _note(self, tensor: Tensor) -> None:
+        if not (tensor.requires_grad or is_functorch_wrapped_tensor(tensor)):  # first, for so are most
+            return
         if isinstance(tensor, Vacant):  # a skeleton's slot, seen as its tensor goes in
             return
         below = tensor
         while is_functorch_wrapped_tensor(below) and maybe_get_level(below) > self._depth:
             below = get_unwrapped(below)
         key, direct = id(below), below is tensor
-        if key in self._made or (direct and (key in self.found or key in self._known)):
+        if direct and key in self._known:
+            self.met_known = True
+            return
+        if key in self._made or (direct and key in self.found):
             return
         # A transform around the loop may be over when its step runs again, and what it wraps with it.
         if not self._outside(below) and not (direct and is_functorch_wrapped_tensor(tensor)):
@@ -111,23 +121,28 @@ class Replaced(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*(_swapped(self._tensors, arg) for arg in args), **_swapped(self._tensors, kwargs or {}))
-        made: Any = args[0] if func == _SET_REQUIRES_GRAD else out
+        given = [_swapped(self._tensors, arg) for arg in args]
+        out = func(*given, **_swapped(self._tensors, kwargs)) if kwargs else func(*given)
+        made: Any = args[0] if func == SET_REQUIRES_GRAD else out
         if isinstance(made, Tensor) and made.requires_grad and made.is_leaf:
             self._made[id(made)] = made
         return out
 
-    def check(self, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """An error where the graph of `results` ends in a tensor that is not an input: its gradient would be lost."""
+    def stray(self, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
+        """A tensor in which the graph of `results` ends, and which is neither an input nor made under this mode."""
         own = {id(tensor) for tensor in inputs} | self._made.keys()
-        for node in nodes(results, inputs):
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in own:
-                raise DerivativeError(
-                    f"an inner step reads a tensor of shape {tuple(leaf.shape)} that needs a gradient past torch's "
-                    "functions (an `autograd.Function` that is applied to a closed-over tensor, compiled code): its "
-                    "gradient cannot be recomputed; pass the tensor in `batch`, or write `gradient=Unroll()`"
-                )
+        leaves = (getattr(node, "variable", None) for node in nodes(results, inputs))
+        return next((leaf for leaf in leaves if leaf is not None and id(leaf) not in own), None)
+
+    def check(self, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """An error where there is one: its gradient would be lost."""
+        leaf = self.stray(results, inputs)
+        if leaf is not None:
+            raise DerivativeError(
+                f"an inner step reads a tensor of shape {tuple(leaf.shape)} that needs a gradient past torch's "
+                "functions (an `autograd.Function` that is applied to a closed-over tensor, compiled code): its "
+                "gradient cannot be recomputed; pass the tensor in `batch`, or write `gradient=Unroll()`"
+            )
 
 
 def following() -> bool:

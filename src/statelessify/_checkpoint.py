@@ -44,7 +44,8 @@ def checkpointed(loop: Loop, state: State, indices: Sequence[int], reach: Reach)
     tensors = [*begin.tensors, *(t for batch in batches for t in batch.tensors), *values.captures.found.values()]
     inputs = list({id(tensor): tensor for tensor in tensors}.values())
     positions = [next(i for i, t in enumerate(last.tensors) if t is tensor) for tensor in made]
-    block = _Block(loop.step, begin, batches, states, inputs, positions, autocast_state())
+    reads = bool(values.captures.found) or values.captures.met_known
+    block = _Block(loop.step, begin, batches, states, inputs, positions, autocast_state(), reads)
     attached = attach([*made, *losses], inputs, Recomputed(block))
     block.results = kept(attached)
     new = {id(old): tensor for old, tensor in zip(made, attached, strict=False)}
@@ -80,7 +81,11 @@ class Recomputed:
 
 @dataclass(eq=False)
 class _Block:
-    """Some steps as a function of tensors alone: those of the state, of the batches, and captured ones."""
+    """Some steps as a function of tensors alone: those of the state, of the batches, and captured ones.
+
+    Attributes:
+        reads: whether the steps read tensors past their arguments, which then have to be replaced.
+    """
 
     step: Step
     begin: Split
@@ -89,6 +94,7 @@ class _Block:
     inputs: list[Tensor]
     positions: list[int]
     autocast: list[dict[str, Any]]
+    reads: bool
     results: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -103,7 +109,7 @@ class _Block:
             own = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in own]
         state, values = self.begin.joined(own), list[Tensor]()
         replaced = Replaced(new)
-        with replaced, autocast_as(self.autocast):
+        with replaced if self.reads or transforming() else nullcontext(), autocast_as(self.autocast):
             for batch, random in zip(self.batches, self.random, strict=True):
                 with nullcontext() if random is None else drawn_from(random):
                     state, value = self.step(state, of(batch), True)
@@ -111,6 +117,9 @@ class _Block:
         found = split(state).tensors
         results = [*(found[place] for place in self.positions), *values]
         if not transforming():
+            if not self.reads and replaced.stray(results, tensors) is not None:
+                self.reads = True  # or the step makes leaves, which only the mode can tell from what it reads
+                return self(tensors)
             replaced.check(results, tensors)
         same_tree = len(found) == len(self.begin.tensors)
         start = [new[id(self.begin.tensors[place])] if same_tree else None for place in self.positions]

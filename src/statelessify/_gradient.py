@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -52,14 +53,16 @@ def _leaf_variables(results: Iterable[Tensor]) -> dict[int, Tensor]:
     return {id(node.variable): node.variable for node in nodes(results) if hasattr(node, "variable")}
 
 
-_differentiable: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+_differentiable: dict[tuple[int, int], weakref.ref[Any]] = {}
+"""Losses whose graph has been looked at, by object and method, for as long as the object lives."""
 
 
 def _check_twice_differentiable(values: Tensor, inputs: Sequence[Tensor], source: Callable[..., Any]) -> None:
     """Refuse a backward that cuts its own graph: torch takes its second derivative for zero. Once for each loss."""
-    with suppress(TypeError):  # a callable object need not be hashable
-        if source in _differentiable:
-            return
+    method = isinstance(source, types.MethodType)  # made anew at each look, unlike the object that it belongs to
+    owner, key = (source.__self__, (id(source.__self__), id(source.__func__))) if method else (source, (id(source), 0))
+    if key in _differentiable:
+        return
     for node in nodes([values], inputs):
         if is_once_differentiable(node):
             raise DerivativeError(
@@ -67,9 +70,11 @@ def _check_twice_differentiable(values: Tensor, inputs: Sequence[Tensor], source
                 "`@once_differentiable`: a meta-gradient would lose its second derivative without an error; remove "
                 "the mark and write backward with differentiable operations, or write `gradient=FirstOrder()`"
             )
-    with suppress(TypeError):
-        _differentiable.add(source)
+    with suppress(TypeError):  # not every object can be told to be gone
+        _differentiable[key] = weakref.ref(owner, lambda gone: _differentiable.pop(key, None))
 
+
+_NOTHING = nullcontext()
 
 Evaluate = Callable[[Any], tuple[Tensor, Any]]
 """``evaluate(params) -> (values, aux)``; the gradient is that of ``values.sum()``."""
@@ -95,12 +100,12 @@ def _eager(
 ) -> tuple[Tensor, Any, Any]:
     recording = torch.is_grad_enabled()
     leaves, spec = tree_flatten(params)
-    with nullcontext() if recording else torch.enable_grad():
+    with _NOTHING if recording else torch.enable_grad():
         inputs = [p if recording and p.requires_grad else p.detach().requires_grad_() for p in leaves]
         known = params if all(map(operator.is_, leaves, inputs)) else tree_unflatten(spec, inputs)
         create = recording and differentiable
         # The third derivative of torch's fused norms is wrong, and that is the second one of the meta-loss.
-        with rules("gradients") if create else nullcontext():
+        with rules("gradients") if create else _NOTHING:
             values, aux = evaluate(known)
         if create:
             _check_twice_differentiable(values, inputs, source)

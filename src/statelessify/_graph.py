@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 __all__: list[str] = []
 
 
-_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def gradients_of(
@@ -54,7 +54,10 @@ def is_once_differentiable(node: Any) -> bool:
 
     Under transforms torch wraps the function: the one that the user wrote is then found in closures of the wrapper.
     """
-    stack: list[Any] = [getattr(node, "_forward_cls", None)]
+    function = getattr(node, "_forward_cls", None)
+    if function is None:  # as of nearly every node
+        return False
+    stack: list[Any] = [function]
     seen = set[int]()
     while stack:
         item = stack.pop()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as hooks
 
 from ._reads import is_inert, is_torchs, mentioned, only_reads
 from ._structure import named_parts
-from .rules._registry import FUNCTIONS, rule_of_class
+from .rules._registry import FUNCTIONS, When, rule_of_class
 
 __all__: list[str] = []
 
@@ -50,23 +52,43 @@ def _is_simple(part: nn.Module) -> bool:
     return all(is_inert(value) for name, value in own.items() if name not in ours)
 
 
-def may_meet_rules(module: nn.Module) -> bool:
-    """Whether a call may reach a function with a rule that holds always, be it in a branch not taken so far.
+def may_meet_rules(module: nn.Module, when: When = "always") -> bool:
+    """Whether a call may reach a function with a rule that holds then, be it in a branch not taken so far.
 
     The functions of our own rules are reached by their names. The user's rules may be for any function, which torch's
     code may call too.
     """
-    functions = FUNCTIONS["always"]
+    functions = FUNCTIONS[when]
     names = mentioned(module)
     if names is None or any(call.__module__.partition(".")[0] != _OURS for call in functions.values()):
         return True
-    for _, part in named_parts(module):
-        rule = rule_of_class(type(part))
-        code = getattr(type(part).forward, "__code__", None)
-        if code is not None and (rule is None or rule.when != "always"):
-            names.update(code.co_names)
+    for kind in {type(part) for _, part in named_parts(module)}:
+        rule = rule_of_class(kind)
+        if rule is None or rule.when != "always":
+            names |= _in_methods(kind)
+        elif when != "always":
+            return True  # by the rule's own code
     called = {function.__name__ for function in functions}
-    return not names.isdisjoint(called | {name.strip("_") for name in called})
+    return not _with_torchs(names).isdisjoint(called | {name.strip("_") for name in called})
+
+
+def _in_methods(kind: type[nn.Module]) -> set[str]:
+    """The names that the methods of torch's modules mention, as far as a class is one of them."""
+    owners = [owner for owner in kind.__mro__ if is_torchs(owner) and owner is not nn.Module]
+    codes = [getattr(method, "__code__", None) for owner in owners for method in vars(owner).values()]
+    return {name for code in codes if code is not None for name in code.co_names}
+
+
+def _with_torchs(names: set[str]) -> set[str]:
+    """These names, and those that torch's functions of such a name mention in turn."""
+    found, todo = set(names), [*names]
+    while todo:
+        name = todo.pop()
+        for code in (getattr(vars(place).get(name), "__code__", None) for place in (F, torch)):
+            if code is not None:
+                todo += {*code.co_names} - found
+                found.update(code.co_names)
+    return found
 
 
 GLOBAL_HOOKS: Any = (

@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 def random_state() -> list[Tensor]:
     states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states += torch.cuda.get_rng_state_all()
     return states
 

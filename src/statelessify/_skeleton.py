@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ._known import Conduct, conduct_of
+from ._known import Conduct, conduct_of, may_meet_rules
 from ._pristine import Pristine
 from ._structure import copy_structure, is_uninitialized, named_parts
 from ._vacant import vacancies
 from .errors import LazyModuleError, ModuleError
-from .rules._registry import RULES, install, rule_of_class
+from .rules._registry import RULES, When, install, rule_of_class
 
 __all__: list[str] = []
 
@@ -243,6 +243,7 @@ class Skeletons:
         self.paths = paths
         self.traced = Skeleton(self.copy(traced=True), paths, True)  # dynamo traces one call at a time, and cannot copy
         self._idle: list[Skeleton] = []
+        self._met: dict[When, tuple[int, bool]] = {}  # how many rules there were, and whether it may meet one
 
     def copy(self, traced: bool = False) -> nn.Module:
         """A structure of one's own, its slots vacant."""
@@ -270,6 +271,14 @@ class Skeletons:
     def has_idle(self) -> bool:
         """Whether a skeleton waits to be used again."""
         return bool(self._idle)
+
+    def may_meet(self, when: When) -> bool:
+        """Whether a call may reach a function with a rule that holds then."""
+        count, may_meet = self._met.get(when, (-1, True))
+        if count != len(RULES):
+            may_meet = may_meet_rules(self.template, when)
+            self._met[when] = len(RULES), may_meet
+        return may_meet
 
     def __getstate__(self) -> dict[str, Any]:
         return {"template": self.template, "paths": self.paths}

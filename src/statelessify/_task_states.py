@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,7 +34,7 @@ def together(optimizer: Optimizer, opt_state: Tasks, params: Any) -> Tasks | Tog
     state, marks = opt_state.tree, marked(opt_state)
     if not isinstance(marks, OptState) or not optimizer.elementwise or not is_rule(optimizer) or schedules_of(state):
         return opt_state
-    own = any(mark.mapped for mark in tree_leaves((marks.step, marks.hyperparameters)))
+    own = True in opt_state.mapped and any(m.mapped for m in tree_leaves((marks.step, marks.hyperparameters)))
     fits = like_parameters(state.slots, [leaf.shape for leaf in tree_leaves(params)])
     return Together(state) if fits and not own else opt_state
 
@@ -57,6 +58,34 @@ def like_parameters(slots: Any, shapes: list[torch.Size]) -> bool:
     )
 
 
+class HandingOn:
+    """A step of an optimizer, for one task, which notes what of the state it hands on as it is."""
+
+    def __init__(self, step: Callable[[Any, Any, Any], tuple[Any, Any]]) -> None:
+        self._step = step
+        self._same: list[bool] | None = None
+
+    def __call__(self, params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        new_params, new_state = self._step(params, grads, state)
+        if not torch.compiler.is_compiling():
+            (old, spec), (new, other) = tree_flatten(state), tree_flatten(new_state)
+            same = [a is b for a, b in zip(old, new, strict=True)] if spec == other else []
+            self._same = same if self._same is None else [a and b for a, b in zip(same, self._same, strict=False)]
+        return new_params, new_state
+
+    def kept(self, old: Tasks, new: Tasks) -> Tasks:
+        """The new state of all tasks, with the old tensors where each task has handed them on: modes know them so."""
+        if not self._same or len(self._same) != len(new.leaves) or old.spec != new.spec:
+            return new
+        pairs = zip(self._same, marks_of(old), marks_of(new), strict=True)
+        chosen = [before if same else after for same, before, after in pairs]
+        return Tasks([mark.leaf for mark in chosen], [mark.mapped for mark in chosen], new.spec)
+
+
+def marks_of(tasks: Tasks) -> list[Mark]:
+    return [Mark(*pair) for pair in zip(tasks.leaves, tasks.mapped, strict=True)]
+
+
 def unwrapped(tasks: Tasks) -> Tasks:
     """`per_task` hyperparameters as leaves with a task dimension."""
     if not any(isinstance(leaf, PerTask) for leaf in tasks.leaves):
@@ -70,6 +99,8 @@ def unwrapped(tasks: Tasks) -> Tasks:
 
 def shared_step(tasks: Tasks) -> Tasks:
     """The step count as one number where all tasks agree on it, as they do in the state of an earlier run."""
+    if True not in tasks.mapped:
+        return tasks
     state = marked(tasks)
     mark: Any = state.step if isinstance(state, OptState) else None
     if mark is None or not mark.mapped or transforming() or not bool((mark.leaf == mark.leaf[0]).all()):

@@ -49,7 +49,8 @@ def as_tasks(tree: Any, in_dims: InDims, what: str = "argument") -> Tasks:
     """Read `in_dims` as vmap does, and move each task dimension to the front."""
     leaves, spec = tree_flatten(tree)
     try:
-        dims = broadcast_prefix(in_dims, tree)
+        one = in_dims is None or isinstance(in_dims, int)
+        dims: list[Any] = [in_dims] * len(leaves) if one else broadcast_prefix(in_dims, tree)
     except ValueError:
         raise TreeError(
             f"`in_dims={in_dims!r}` does not fit the structure of the {what}; write one integer or None for each "
@@ -105,11 +106,10 @@ def count_tasks(**trees: Tasks) -> int | None:
 
 def share_integers(tasks: Tasks) -> Tasks:
     """Counters that were expanded at the border are one number again: a module may read it (`BatchNorm`)."""
-
-    def is_expanded(leaf: Any, mapped: bool) -> bool:
-        return mapped and not (leaf.is_floating_point() or leaf.is_complex()) and leaf.stride(0) == 0
-
-    expanded = [is_expanded(leaf, mapped) for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)]
+    expanded = [
+        mapped and not leaf.is_floating_point() and not leaf.is_complex() and leaf.stride(0) == 0
+        for leaf, mapped in zip(tasks.leaves, tasks.mapped, strict=True)
+    ]
     if True not in expanded or expanded == tasks.mapped:
         return tasks
     leaves = [leaf[0] if each else leaf for leaf, each in zip(tasks.leaves, expanded, strict=True)]

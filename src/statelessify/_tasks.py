@@ -243,8 +243,10 @@ def _vmap(fn: Callable[..., Any], args: Tasks, tasks: int, chunks: Chunks, rando
     aside: list[tuple[list[Any], list[bool], TreeSpec]] = []
 
     def one_task(*values: Tensor) -> tuple[Tensor, ...]:
-        remaining = iter(values)
-        leaves = [next(remaining) if mapped else leaf for leaf, mapped in zip(args.leaves, args.mapped, strict=True)]
+        leaves: Any = values
+        if len(values) < len(args.leaves):
+            remaining = iter(values)
+            leaves = [next(remaining) if m else leaf for leaf, m in zip(args.leaves, args.mapped, strict=True)]
         with rules("transforms"):
             out = fn(*tree_unflatten(args.spec, leaves))
         results, spec = tree_flatten(out)

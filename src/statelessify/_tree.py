@@ -294,9 +294,10 @@ def tree_unstack(tree: Tree) -> list[Tree]:
 
 def require_floating(tree: Tree, what: str) -> None:
     """Refuse a tree with a leaf that cannot have a gradient."""
-    if all(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in tree_leaves(tree)):
+    leaves = tree_leaves(tree)
+    if all(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves):
         return
-    for name, leaf in zip(tree_names(tree), tree_leaves(tree), strict=True):
+    for name, leaf in zip(tree_names(tree), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise DtypeError(f"{what} `{name}` is {type(leaf).__name__}, not a tensor; `{what}` is a tree of tensors")
         if not (leaf.is_floating_point() or leaf.is_complex()):

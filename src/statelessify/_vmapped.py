@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
-from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch import predispatch
 from torch.func import vmap
 
 from ._budget import Chunks
@@ -37,10 +37,11 @@ def vmapped(
 
 def _level(fn: OfTensors, inputs: Sequence[Tensor], tasks: int, randomness: Randomness) -> Sequence[Tensor]:
     """What `torch.vmap` does once it has looked at its arguments, which takes longer than a small network."""
-    lazy_load_decompositions()
+    if not predispatch.DECOMPOSITIONS_LOADED:
+        predispatch.lazy_load_decompositions()
     level = _vmap_increment_nesting(tasks, randomness)
     try:
-        results = fn(*(_add_batch_dim(tensor, 0, level) for tensor in inputs))
+        results = fn(*[_add_batch_dim(tensor, 0, level) for tensor in inputs])
         return [_remove_batch_dim(tensor, level, tasks, 0) for tensor in results]
     finally:
         _vmap_decrement_nesting()

@@ -80,13 +80,11 @@ def is_checked(values: dict[str, Any], shapes: list[torch.Size]) -> bool:
     return same and known == shapes
 
 
-def seen(values: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What a rule has checked, one object until something else is."""
-    return values.seen if isinstance(values, Hyperparameters) else None
-
-
 def checked(values: dict[str, Any], rule: str, shapes: list[torch.Size]) -> Hyperparameters:
-    """The hyperparameters of a rule, after it has checked them; their user may have put a plain dict in their place."""
+    """The hyperparameters of a rule, which checks them if this is not the very same object.
+
+    Their user may have put a plain dict in their place.
+    """
     if isinstance(values, Hyperparameters) and is_checked(values, shapes):
         return values
     found = Hyperparameters(values, rule)

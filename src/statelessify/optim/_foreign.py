@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from .._transforms import transforming, unwrapped
+from .._transforms import transforming, unseen, unwrapped
 from .._tree import same_static, tree_detach, tree_leaves, tree_map
 from .._words import listed, nearest
 from ..errors import (
@@ -187,7 +187,8 @@ class _Foreign:
                     )
 
     def _require_fit(self, params: dict[str, Tensor], grads: dict[str, Any], state: OptState) -> None:
-        gradients_of(Names(params), list(params.values()), [leaf.shape for leaf in params.values()], None, grads)
+        with unseen():
+            gradients_of(Names(params), list(params.values()), [leaf.shape for leaf in params.values()], None, grads)
         require_own(state, self.cls.__name__)
         known = {name for group in state.slots[_REST]["partition"].groups for name in group}
         if known != params.keys():

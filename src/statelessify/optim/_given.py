@@ -1,14 +1,17 @@
-"""What a step is given, checked before anything is computed: parameters, gradients, and the state of this very rule."""
+"""What a step is given, checked before anything is computed: parameters, gradients, and the state of this very rule.
+
+No mode needs to see that: it is called under `unseen`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._transforms import unseen
 from .._tree import first_difference, flatten_up_to, require_floating, tree_flatten, tree_names
 from .._words import listed
 from ..errors import DtypeError, ShapeError, TreeError
@@ -31,12 +34,23 @@ class Names:
         return self._names
 
 
+_SHAPE, _KIND = attrgetter("shape"), attrgetter("layout", "dtype", "shape")
+_LAYOUT = itemgetter(0)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _is_quick(leaves: Iterable[Any]) -> bool:
+    """Whether these are ordinary tensors, which can be looked at in a few operations that run in C."""
+    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, leaves))
+
+
 def shapes_of(params: Tree, leaves: Sequence[Any]) -> list[torch.Size]:
     """The shape of each parameter."""
+    if _is_quick(leaves):
+        return [*map(_SHAPE, leaves)]
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         require_floating(params, "params")
-    with unseen():
-        return [leaf.shape for leaf in leaves]
+    return [leaf.shape for leaf in leaves]
 
 
 def aligned(spec: Any, grads: Tree) -> list[Any]:
@@ -54,25 +68,28 @@ def gradients_of(
 ) -> list[Tensor]:
     """The gradient of each leaf; zero where there is none."""
     found = list(grads.values()) if spec is None else aligned(spec, grads)  # None: a flat dict like `params`
+    if _is_quick(found):
+        kinds = [*map(_KIND, found)]
+        if kinds == [*map(_KIND, leaves)] and {*map(_LAYOUT, kinds)} == {torch.strided}:
+            return found
     sparse: list[int] = []
-    with unseen():
-        for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
-            if gradient is None:
-                found[index] = torch.zeros_like(leaf)
-            elif not isinstance(gradient, Tensor):
-                raise DtypeError(f"the gradient of `{names()[index]}` is {type(gradient).__name__}, not a tensor")
-            elif gradient.shape != shape:
-                raise ShapeError(
-                    f"the gradient of `{names()[index]}` has shape {tuple(gradient.shape)}, the parameter has "
-                    f"{tuple(shape)}; pass one of the parameter's shape"
-                )
-            elif gradient.dtype != leaf.dtype:
-                raise DtypeError(
-                    f"the gradient of `{names()[index]}` is {gradient.dtype}, the parameter is {leaf.dtype}; cast it "
-                    "with `grad.to(param.dtype)`"
-                )
-            elif gradient.layout != torch.strided:
-                sparse.append(index)
+    for index, (leaf, shape, gradient) in enumerate(zip(leaves, shapes, found, strict=True)):
+        if gradient is None:
+            found[index] = torch.zeros_like(leaf)
+        elif not isinstance(gradient, Tensor):
+            raise DtypeError(f"the gradient of `{names()[index]}` is {type(gradient).__name__}, not a tensor")
+        elif gradient.shape != shape:
+            raise ShapeError(
+                f"the gradient of `{names()[index]}` has shape {tuple(gradient.shape)}, the parameter has "
+                f"{tuple(shape)}; pass one of the parameter's shape"
+            )
+        elif gradient.dtype != leaf.dtype:
+            raise DtypeError(
+                f"the gradient of `{names()[index]}` is {gradient.dtype}, the parameter is {leaf.dtype}; cast it "
+                "with `grad.to(param.dtype)`"
+            )
+        elif gradient.layout != torch.strided:
+            sparse.append(index)
     for index in sparse:
         found[index] = found[index].to_dense()
     return found

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .._transforms import transforming
-from .._tree import require_floating, tree_flatten, tree_names, tree_unflatten
+from .._transforms import transforming, unseen
+from .._tree import require_floating, tree_flatten, tree_unflatten
 from ..errors import TreeError
 from ..typing import Tree
 from ._arithmetic import wide
-from ._container import checked, is_checked, seen
+from ._container import Hyperparameters, checked
 from ._given import Names, gradients_of, leaves_of, require_options, shapes_of
 from ._hyperparameters import (
     Range,
@@ -68,10 +68,6 @@ def _nothing() -> dict[str, Any]:
     return {}
 
 
-def accept(name: str, leaf: Tensor) -> None:
-    """Any parameter will do."""
-
-
 @dataclass(eq=False)  # not frozen: dynamo, which may trace its making, cannot follow that
 class Rule:
     """An update rule; its `init` and `step` are those of an `Optimizer`.
@@ -89,7 +85,7 @@ class Rule:
         whole: the names of hyperparameters that are one number for each parameter, not for each entry.
         elementwise: whether no entry depends on another.
         slot_shape: ``slot_shape(slot, shape)``, for slots that are not like the parameter.
-        check: ``check(name, leaf)`` refuses parameters that the rule has no meaning for.
+        check: ``check(name, leaf)``, if there is one, refuses parameters that the rule has no meaning for.
         lists: the update of many leaves in few operations, bit for bit that of each.
     """
 
@@ -105,7 +101,7 @@ class Rule:
     whole: frozenset[str] = frozenset()
     elementwise: bool = True
     slot_shape: Callable[[str, torch.Size], Sequence[int]] | None = None
-    check: Callable[[str, Tensor], None] = accept
+    check: Callable[[str, Tensor], None] | None = None
     lists: Lists | None = None
 
     def __post_init__(self) -> None:
@@ -124,12 +120,11 @@ class Rule:
     def init(self, params: Tree) -> OptState:
         require_floating(params, "params")
         leaves, spec = tree_flatten(params)
-        names, shapes = tree_names(params), [leaf.shape for leaf in leaves]
-        for name, leaf in zip(names, leaves, strict=True):
-            self.check(name, leaf)
-        self._check(self.hyperparameters, names, shapes)
-        for name, value in self.switches.items():
-            check_fits(name, value, names, shapes)
+        names, shapes = Names(params), [leaf.shape for leaf in leaves]
+        if self.check is not None:
+            for name, leaf in zip(names(), leaves, strict=True):
+                self.check(name, leaf)
+        self._check_fits({**self.hyperparameters, **self.switches}, names, shapes)
         columns = {slot: [torch.zeros_like(leaf) for leaf in leaves] for slot in self.slots}
         for slot, shape in self._other_shapes(shapes).items():
             columns[slot] = [leaf.new_zeros(own) for leaf, own in zip(leaves, shape, strict=True)]
@@ -143,18 +138,19 @@ class Rule:
 
     def step(self, params: Tree, grads: Tree, state: OptState) -> tuple[Tree, OptState]:
         leaves, spec = tree_flatten(params)
-        names, shapes = Names(params), shapes_of(params, leaves)
-        gradients = gradients_of(names, leaves, shapes, spec, grads)
-        slots = self._columns(names, shapes, spec, state)
-        values = self._values(names, shapes, state)
-        done = self._advance_lists(leaves, gradients, slots, values, state.step)
+        with unseen():
+            names, shapes = Names(params), shapes_of(params, leaves)
+            gradients = gradients_of(names, leaves, shapes, spec, grads)
+            slots = self._columns(names, shapes, spec, state)
+        values, hyperparameters, plain = self._values(names, shapes, state)
+        done = self._advance_lists(leaves, gradients, slots, values[0], state.step) if plain and leaves else None
         if done is None:
             counts = slots.get("step", [state.step] * len(leaves))
             done = self.advance(leaves, gradients, slots, values, counts)
         leaves, slots = done
         return tree_unflatten(spec, leaves), OptState(
             step=state.step + 1,
-            hyperparameters=checked(state.hyperparameters, self.name, shapes),
+            hyperparameters=hyperparameters,
             slots={slot: tree_unflatten(spec, column) for slot, column in slots.items()},
         )
 
@@ -188,16 +184,15 @@ class Rule:
         return work.leaves, work.new_slots
 
     def _advance_lists(
-        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: list[Values], step: Tensor
+        self, leaves: list[Tensor], gradients: list[Tensor], slots: ListedSlots, values: Values, step: Tensor
     ) -> tuple[list[Tensor], ListedSlots] | None:
-        """`advance` where all leaves share plain numbers, as at the last step: nothing is to be sorted then."""
-        if self.lists is None or self._known is None or values is not self._known[1] or not leaves:
+        """`advance` where all leaves share plain numbers: nothing is to be sorted then."""
+        if self.lists is None or self.scalars or "step" in slots or transforming():
             return None
-        if self.scalars or "step" in slots or transforming() or any(leaf.is_complex() for leaf in leaves):
-            return None
-        if not all(map(is_uniform, (leaves, gradients, *slots.values()))):
-            return None
-        return self.lists(leaves, gradients, slots, self.prepare(values[0], _count(step), {}).values)
+        with unseen():
+            if any(map(Tensor.is_complex, leaves)) or not all(map(is_uniform, (leaves, gradients, *slots.values()))):
+                return None
+        return self.lists(leaves, gradients, slots, self.prepare(values, _count(step), {}).values)
 
     def _advance_each(self, work: Work, members: list[int], coefficients: Any) -> None:
         """Update leaves that share their numbers; as one, where enough of them are alike."""
@@ -229,42 +224,52 @@ class Rule:
             return {}
         return {slot: [torch.Size(self.slot_shape(slot, shape)) for shape in shapes] for slot in self.slots}
 
-    def _values(self, names: Names, shapes: list[torch.Size], state: OptState) -> list[Values]:
-        """The hyperparameters and switches of each leaf at this step."""
-        given = state.hyperparameters
-        known = is_checked(given, shapes)
-        about = seen(given) if known else None
-        if about is not None and self._known is not None and self._known[0] is about:
-            return self._known[1]
-        specs: dict[str, Any] = dict(given)
-        if not known:
-            self._check(specs, names(), shapes)
-        now = {name: at_step(spec, state.step) for name, spec in specs.items() if has(spec, is_schedule)}
-        if now:
-            self._check(now, names(), shapes)
-        specs = {**specs, **now, **self.switches, **self.choices}
-        values = by_parameter(specs, names, len(shapes))
-        if about is not None and not now and is_plain(specs) and not torch.compiler.is_compiling():
-            self._known = about, values
-        return values
+    def _values(
+        self, names: Names, shapes: list[torch.Size], state: OptState
+    ) -> tuple[list[Values], Hyperparameters, bool]:
+        """The hyperparameters and switches of each leaf at this step, the former in their container.
 
-    def _check(self, specs: dict[str, Any], names: list[str], shapes: list[torch.Size]) -> None:
+        And whether they are plain numbers, shared by all leaves.
+        """
+        given = state.hyperparameters
+        container = checked(given, self.name, shapes)
+        if container is not given:
+            self._check(dict(given), names, shapes)
+        if self._known is not None and self._known[0] is container.seen:
+            return self._known[1], container, True
+        specs = {**given, **self.switches, **self.choices}
+        if is_plain(specs):
+            values = [specs] * len(shapes)
+            if torch.compiler.is_compiling():
+                return values, container, False
+            self._known = container.seen, values
+            return values, container, True
+        now = {name: at_step(spec, state.step) for name, spec in given.items() if has(spec, is_schedule)}
+        if now:
+            self._check(now, names, shapes)
+        return by_parameter({**specs, **now}, names, len(shapes)), container, False
+
+    def _check(self, specs: dict[str, Any], names: Names, shapes: list[torch.Size]) -> None:
         """Whether these hyperparameters are values that the rule can use on these parameters."""
         self._check_ranges(specs)
-        for name, spec in specs.items():
-            check_fits(name, spec, names, shapes, name in self.whole)
+        self._check_fits(specs, names, shapes)
         if "momentum_buffer" not in self.slots and has(specs.get("momentum", 0), is_nonzero):
             raise TreeError(
                 f"the state has `momentum`, but was made by `{self.name}` without, and has no buffer for it; make the "
                 "optimizer with `momentum=`, if only a small one"
             )
 
+    def _check_fits(self, specs: Mapping[str, Any], names: Names, shapes: list[torch.Size]) -> None:
+        if not is_plain(specs):  # one number fits all parameters
+            for name, spec in specs.items():
+                check_fits(name, spec, names(), shapes, name in self.whole)
+
     def _check_ranges(self, specs: dict[str, Any]) -> None:
         for name, spec in specs.items():
             check_ranges(name, spec, self.ranges.get(name, Range()))
 
 
-def is_plain(values: Values) -> bool:
+def is_plain(values: Mapping[str, Any]) -> bool:
     """Whether all hyperparameters are numbers, none a tensor."""
     return all(isinstance(value, (bool, int, float)) for value in values.values())
 

@@ -99,8 +99,10 @@ def _update_lists(
 
 def _added(xs: list[Tensor], ys: list[Tensor], scale: float) -> list[Tensor]:
     """``x + scale * y`` of each pair; as one operation where they are small, as its graph keeps all of them alive."""
+    if torch.compiler.is_compiling():
+        return [add(x, y, scale) for x, y in zip(xs, ys, strict=True)]
     with unseen():
-        small = not torch.compiler.is_compiling() and sum(x.numel() for x in xs) <= LISTED
+        small = sum(map(Tensor.numel, xs)) <= LISTED
     if small:
         return list(_torch._foreach_add(xs, ys, alpha=scale))
-    return [add(x, y, scale) for x, y in zip(xs, ys, strict=True)]
+    return [torch.add(x, y, alpha=scale) for x, y in zip(xs, ys, strict=True)]

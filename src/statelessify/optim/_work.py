@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,8 @@ class Work:
 
         leaves, gradients = listed(self.leaves), listed(self._gradients)
         found = {slot: listed(self._slots[slot]) for slot in slots}
-        return (leaves, gradients, found) if all(map(is_uniform, (leaves, gradients, *found.values()))) else None
+        with unseen():
+            return (leaves, gradients, found) if all(map(is_uniform, (leaves, gradients, *found.values()))) else None
 
     def put_lists(self, members: list[int], new: tuple[list[Tensor], ListedSlots]) -> None:
         leaves, slots = new
@@ -92,9 +94,10 @@ class Work:
 
 def is_uniform(tensors: list[Tensor]) -> bool:
     """Whether all or none of them require gradients: else each result of an operation on the list would do so."""
-    with unseen():
-        first = tensors[0].requires_grad
-        return all(tensor.requires_grad is first for tensor in tensors)
+    return len({*map(_REQUIRES_GRAD, tensors)}) == 1
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def sharing(*columns: Sequence[Any]) -> Iterable[list[int]]:

@@ -1,6 +1,6 @@
 """Rules for what torch's transforms get wrong or cannot do, and the door for more of them."""
 
-from . import _attention, _embeddings, _linear, _losses, _masks, _modules, _norms, _recurrent
+from . import _attention, _embeddings, _linear, _losses, _masks, _modules, _norms, _recurrent, _weights
 from ._registry import RULES, Rule, rule
 
 __all__ = ["RULES", "Rule", "rule"]
@@ -14,4 +14,5 @@ del (
     _modules,
     _norms,
     _recurrent,
+    _weights,
 )  # imported for the rules that they register

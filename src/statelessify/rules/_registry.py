@@ -215,6 +215,23 @@ def _active() -> list[Rules]:
     return [mode for mode in stack if isinstance(mode, Rules)]
 
 
+class Hidden(AbstractContextManager[None]):
+    """The innermost mode is not there, for calls that are known to meet none of its functions."""
+
+    def __enter__(self) -> None:
+        self._mode = torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *error: Any) -> None:
+        torch._C._push_on_torch_function_stack(self._mode)
+
+
+def innermost_rules() -> When | None:
+    """The occasion of the innermost of all modes, if it is one of rules that belongs to this thread alone."""
+    count = torch._C._len_torch_function_stack()
+    mode: Any = torch._C._get_function_stack_at(count - 1) if count else None
+    return mode.when if type(mode) is Rules else None
+
+
 def active_rules() -> When | None:
     """The occasion whose rules hold here, the most of them where several do."""
     active = [mode.when for mode in _active()]

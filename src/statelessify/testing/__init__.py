@@ -21,20 +21,64 @@ from ..errors import MissingExtraError
 if TYPE_CHECKING:
     from ._close import assert_trees_close
     from ._unmutated import unmutated
-    from .checks import check_grads, check_stateless
+    from .checks import check_grads, check_meta_grads, check_modes, check_optimizer, check_over_tasks, check_stateless
+    from .strategies import (
+        inputs_for,
+        losses,
+        modules,
+        optimizers,
+        param_trees,
+        problem,
+        problems,
+        seeded,
+        shapes,
+        tasks,
+        tensors,
+    )
 
 _CHECKS = (
     "assert_trees_close",
     "check_grads",
+    "check_meta_grads",
+    "check_modes",
+    "check_optimizer",
+    "check_over_tasks",
     "check_stateless",
     "unmutated",
 )
-_STRATEGIES: tuple[str, ...] = ()
+_STRATEGIES = (
+    "inputs_for",
+    "losses",
+    "modules",
+    "optimizers",
+    "param_trees",
+    "problem",
+    "problems",
+    "seeded",
+    "shapes",
+    "tasks",
+    "tensors",
+)
 
 __all__ = [
     "assert_trees_close",
     "check_grads",
+    "check_meta_grads",
+    "check_modes",
+    "check_optimizer",
+    "check_over_tasks",
     "check_stateless",
+    "inputs_for",
+    "losses",
+    "modules",
+    "optimizers",
+    "param_trees",
+    "problem",
+    "problems",
+    "seeded",
+    "shapes",
+    "tasks",
+    "tensors",
     "unmutated",
 ]
 
@@ -52,7 +96,7 @@ def _part(name: str) -> Any:
     try:
         return importlib.import_module(f".{name}", __name__)
     except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
+        if (error.name or "").partition(".")[0] != "hypothesis":
             raise
         raise MissingExtraError(
             f"`{__name__}.{name}` needs hypothesis, which is not installed: pip install 'statelessify[testing]'"

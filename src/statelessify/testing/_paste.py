@@ -14,10 +14,10 @@ LONGEST = 400
 """Characters of code beyond which nobody would paste it."""
 
 
-def paste(tree: Any) -> str:
+def paste(tree: Any, longest: int = LONGEST) -> str:
     """An expression that makes the tree again, exactly, where ``torch`` is imported; what is too long is outlined."""
     code = _code(tree)
-    return code if len(code) <= LONGEST else _outline(tree)
+    return code if len(code) <= longest else _outline(tree)
 
 
 def _code(value: Any) -> str:
@@ -29,7 +29,14 @@ def _code(value: Any) -> str:
         return _sequence(cast("list[Any]", value))
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, complex) and not _is_literal(value):
+        return f"complex({_code(value.real)}, {_code(value.imag)})"
     return repr(value)
+
+
+def _is_literal(value: complex) -> bool:
+    """Whether the sum of two parts is the number itself, with the signs of its zeros."""
+    return all(math.isfinite(part) and math.copysign(1, part) > 0 for part in (value.real, value.imag))
 
 
 def _sequence(values: list[Any] | tuple[Any, ...]) -> str:

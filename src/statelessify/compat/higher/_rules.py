@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import optim
-from ...optim._rule import Lists, Rule, accept, is_plain
+from ...optim._rule import Lists, Rule, is_plain
 from ...optim._work import is_uniform
 from ._differences import differs
 from ._optimizer import DifferentiableOptimizer
@@ -64,7 +64,7 @@ class RuleOptimizer(DifferentiableOptimizer):
         places = [place for place, grad in enumerate(grads) if grad is not None]
         leaves: list[Tensor] = [params[place] for place in places]
         gradients = [g if g.layout is torch.strided else g.to_dense() for g in grads if g is not None]
-        if rule.check is not accept:
+        if rule.check is not None:
             for place, leaf in zip(places, leaves, strict=True):
                 rule.check(f"{place}` of group `{index}", leaf)
         if at_once is not None and leaves and is_uniform(leaves) and is_uniform(gradients):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,12 @@ FEW = 64
 
 
 class Settings(NamedTuple):
-    """How strict a check is, and what its messages say."""
+    """How strict a check is, and what its messages say.
+
+    Attributes:
+        grads: what the messages call the user's gradients.
+        hint: a last attempt to say what is wrong.
+    """
 
     rtol: float | None
     atol: float
@@ -27,13 +33,16 @@ class Settings(NamedTuple):
     entries: int
     kinks: str
     reproduce: str
+    grads: str = "`grads`"
+    hint: Callable[[], str] = str
 
 
 def complaint(problem: Problem, mode: str, claim: Claims, line: Line, verdict: Verdict, settings: Settings) -> str:
     """The message for a line whose verdict is bad."""
     found = "" if bool(verdict.wrong.any()) else "unclear"
     line, verdict, counted = _worst(problem, claim, line, verdict)
-    lines = [_headline(problem, mode, line, verdict, found), counted, _values(problem, mode, line, verdict)]
+    lines = [_headline(problem, mode, line, verdict, settings, found), counted]
+    lines.append(_values(problem, mode, line, verdict, settings))
     if found:
         lines.append(
             "the function is not smooth here, or too noisy: move away from kinks and jumps, compute in float64, seed "
@@ -97,9 +106,9 @@ def _leaf(problem: Problem, line: Line) -> str:
     return f"leaf `{name}`" if name else "the input"
 
 
-def _headline(problem: Problem, mode: str, line: Line, verdict: Verdict, found: str) -> str:
+def _headline(problem: Problem, mode: str, line: Line, verdict: Verdict, settings: Settings, found: str) -> str:
     which = "derivative" if problem.order == 1 else "second derivative"
-    who = "`grads`" if problem.given is not None else f"{mode} mode"
+    who = settings.grads if problem.given is not None else f"{mode} mode"
     if found:
         return f"{_leaf(problem, line)}: the differences do not converge, so its {which} cannot be checked"
     return f"{_leaf(problem, line)}: the {which} by {who} is wrong{_output(problem, mode, verdict)}"
@@ -122,14 +131,14 @@ def _output(problem: Problem, mode: str, verdict: Verdict) -> str:
     return ""
 
 
-def _values(problem: Problem, mode: str, line: Line, verdict: Verdict) -> str:
+def _values(problem: Problem, mode: str, line: Line, verdict: Verdict, settings: Settings) -> str:
     length = float(line.direction.abs().max())
     single = int(line.direction.count_nonzero()) == 1
     scale = length if single else 1.0
     claimed = float(verdict.claimed[verdict.worst]) / scale
     residual = float(verdict.estimate.residual[verdict.worst]) / scale
     error = float(verdict.estimate.error[verdict.worst]) / scale
-    who = "`grads`" if problem.given is not None else "autograd"
+    who = settings.grads if problem.given is not None else "autograd"
     where = "along the direction: "
     if single:
         position = torch.tensor(int(line.direction.reshape(-1).abs().argmax()))
@@ -148,12 +157,16 @@ def _cause(problem: Problem, mode: str, claim: Claims, line: Line, settings: Set
         again = claims(problem, mode, settings.seed, settings.rtol, settings.atol)
         return not judge(problem, again, line).bad
 
-    words = cause(is_right) if mode == "reverse" else ""
+    def is_right_elsewhere() -> bool:  # where an inner loop then arrives
+        again = claims(problem, mode, settings.seed, settings.rtol, settings.atol)
+        return not judge(problem, again, Line(line.call, line.point, line.leaf, line.direction)).bad
+
+    words = (cause(is_right) or cause(is_right_elsewhere)) if mode == "reverse" else ""
     if words:
         return words
     if zero and mode == "reverse":
         return (
             "it is zero, but the function depends on this leaf: the graph is cut on the way (`.detach()`, `.data`, "
-            "`.item()`, numpy, a tensor made from numbers)"
+            "`.item()`, numpy, a tensor made from numbers; in higher: `track_higher_grads=False`)"
         )
-    return ""
+    return settings.hint()

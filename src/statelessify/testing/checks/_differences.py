@@ -152,7 +152,8 @@ def estimate(
 def _noise(line: Line, view: View, like: Tensor) -> Tensor:
     """How much the values scatter about a cubic, between points so close that a smooth function is one there."""
     places = torch.tensor(NOISE_PLACES, dtype=like.dtype)
-    cubics = torch.linalg.qr(torch.linalg.vander(places, N=4))[0].to(like.device)
+    powers = cast("Tensor", torch.linalg.vander(places, N=4))
+    cubics = cast("Tensor", torch.linalg.qr(powers)[0]).to(like.device)
     freedom = len(NOISE_PLACES) - 4
     found = torch.zeros_like(like)
     for step in NOISE_STEPS:

@@ -67,9 +67,18 @@ def check_grads(
     verify(RealFunction(fn, tree), order, modes, grads, Settings(rtol, atol, seed, entries, kinks, call))
 
 
-def _check_arguments(order: Any, modes: Any, grads: Any, kinks: Any, entries: Any) -> None:
+def check_settings(order: Any, kinks: Any, entries: Any) -> None:
+    """Refuse values that no check of derivatives knows."""
     if order not in (1, 2):
         raise HyperparameterError(f"`order={order!r}` is not 1 or 2")
+    if kinks not in ("raise", "skip"):
+        raise HyperparameterError(f'`kinks={kinks!r}` is not "raise" or "skip"')
+    if isinstance(entries, bool) or not isinstance(entries, int) or entries < 0:
+        raise HyperparameterError(f"`entries={entries!r}` is not a number of entries; write an integer, 0 or more")
+
+
+def _check_arguments(order: Any, modes: Any, grads: Any, kinks: Any, entries: Any) -> None:
+    check_settings(order, kinks, entries)
     if isinstance(modes, str) or not modes:
         raise HyperparameterError(f'`modes={modes!r}` is not a sequence of modes; write `("reverse", "forward")`')
     for mode in modes:
@@ -77,9 +86,5 @@ def _check_arguments(order: Any, modes: Any, grads: Any, kinks: Any, entries: An
             raise HyperparameterError(
                 f'`modes` has {mode!r}{nearest(str(mode), ("reverse", "forward"))}; write "reverse" or "forward"'
             )
-    if kinks not in ("raise", "skip"):
-        raise HyperparameterError(f'`kinks={kinks!r}` is not "raise" or "skip"')
-    if isinstance(entries, bool) or not isinstance(entries, int) or entries < 0:
-        raise HyperparameterError(f"`entries={entries!r}` is not a number of entries; write an integer, 0 or more")
     if grads is not None and not callable(grads):
         raise HyperparameterError("`grads` is no function; write `grads=lambda tree: ...`, which returns the gradients")

@@ -50,8 +50,9 @@ def judge(problem: Problem, claims: Claims, line: Line) -> Verdict:
     # A slope that is small beside the function's own size cannot be known as well as others.
     visible = torch.maximum(known * torch.maximum(claimed.abs(), true), 10 * epsilon**0.5 * claim.rough)
     unclear = ~wrong & ~close & (doubt > visible)
-    # What is flat up to rounding is flat.
-    flat = found.explained & (torch.maximum(claimed.abs(), true) <= 3 * doubt)
+    # What is flat up to rounding is flat; more than rounding would be noise that hides a slope.
+    rounding = doubt <= UNCLEAR[problem.dtype] * (1 + claim.rough)
+    flat = found.explained & rounding & (torch.maximum(claimed.abs(), true) <= 3 * doubt)
     unclear &= ~flat
     nowhere = ~found.residual.isfinite() & claimed.isfinite()
     return Verdict(found, claimed, wrong & ~nowhere, unclear | nowhere)

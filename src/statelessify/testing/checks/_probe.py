@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,13 +36,33 @@ def is_inexact(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def own_leaves(tree: Any) -> Any:
-    """The tree with tensors of its own, of which those that can require a gradient do."""
+def own_leaves(tree: Any, wanted: Sequence[bool] | None = None) -> Any:
+    """The tree with tensors of its own, of which those require a gradient that are wanted: all that can."""
+    leaves, spec = tree_flatten(tree)
+    wanted = list(map(is_inexact, leaves)) if wanted is None else wanted
+    pairs = zip(leaves, wanted, strict=True)
+    own = [leaf.detach().clone().requires_grad_(w) if isinstance(leaf, Tensor) else leaf for leaf, w in pairs]
+    return tree_unflatten(spec, own)
 
-    def own(leaf: Any) -> Any:
-        return leaf.detach().clone().requires_grad_(is_inexact(leaf)) if isinstance(leaf, Tensor) else leaf
 
-    return tree_map(own, tree)
+def accepted(call: Callable[[Any], Any], tree: Any) -> list[bool]:
+    """Which leaves of a tree may require a gradient: those that can, save running statistics and the like.
+
+    `call` is called with the tree; torch refuses some gradients as soon as a function is called.
+    """
+
+    def runs(wanted: list[bool]) -> bool:
+        try:
+            with seeded(1):
+                call(copies(own_leaves(tree, wanted)))
+        except RuntimeError:
+            return False
+        return True
+
+    can = list(map(is_inexact, tree_leaves(tree)))
+    if runs(can) or not runs([False] * len(can)):  # else the error is the function's own
+        return can
+    return [w and runs([i == k for k in range(len(can))]) for i, w in enumerate(can)]
 
 
 def copies(tree: Any) -> Any:

@@ -73,6 +73,10 @@ def scaled(tree: dict[str, Tensor], by: float = 0.1) -> dict[str, Tensor]:
 # What the module itself does ---------------------------------------------------------------------------------------
 
 
+def call(module: nn.Module, inputs: Any) -> Any:
+    return copy_of(module)(*inputs[0], **inputs[1])
+
+
 def call_once(module: nn.Module, args: Any, kwargs: Any) -> None:
     with seeded(1), torch.no_grad():
         copy_of(module)(*args, **kwargs)
@@ -105,13 +109,8 @@ def draws(module: nn.Module, args: Any, kwargs: Any) -> bool:
 
 def pickles(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether it comes out of a pickle as a module that runs."""
-    again = pickled(copy_of(module))  # some modules change when they pickle
-    return again is not None and works(again, args, kwargs)
-
-
-def pickled(value: Any) -> Any:
-    """What comes out of a pickle; None if nothing does."""
     try:
-        return pickle.loads(pickle.dumps(value))
+        again = pickle.loads(pickle.dumps(copy_of(module)))  # some modules change when they pickle
     except Exception:  # classes may raise anything when they are asked to pickle
-        return None
+        return False
+    return works(again, args, kwargs)

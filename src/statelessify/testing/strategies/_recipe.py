@@ -13,6 +13,7 @@ from hypothesis.errors import InvalidArgument
 from torch import Tensor, nn
 
 from ..._words import nearest
+from .._paste import paste
 
 __all__ = ["Indices", "seeded"]
 
@@ -71,7 +72,7 @@ class Call(NamedTuple):
     def code(self) -> str:
         """Print the call."""
         args = [arg.code() if isinstance(arg, Call) else repr(arg) for arg in self.args]
-        args += [f"{name}={value!r}" for name, value in self.kwargs.items()]
+        args += [f"{name}={paste(value)}" for name, value in self.kwargs.items()]
         home = self.target.__module__
         prefix = "nn.utils.parametrizations." if home.startswith("torch.nn.utils.") else ""
         prefix = prefix or ("nn." if home.startswith("torch.nn.") else "")

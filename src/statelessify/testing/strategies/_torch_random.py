@@ -13,7 +13,9 @@ class TorchRandom:
     """Torch's global generator in the form of `random.Random`."""
 
     def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also queues a call for each device not yet used
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
 
     def getstate(self) -> Tensor:
         return torch.get_rng_state()
