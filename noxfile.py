@@ -58,6 +58,13 @@ def deep(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant small mistakes in the core files and name those that no test notices; arguments are files, `_tree.py`."""
+    install_project(session, ".[testing,examples]", "pytest-cov", "mutmut", DATABASE, *PEERS)
+    session.run("python", "tests/mutants.py", *session.posargs, env=QUIET)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check rules and formatting of every Python file; arguments go to `ruff check` (`-- --fix`)."""
     session.install(*PINNED, "ruff")
