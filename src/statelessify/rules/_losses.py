@@ -35,7 +35,12 @@ def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> s
 # Margin losses -----------------------------------------------------------------------------------------------------
 
 
-@rule(F.multi_margin_loss, why="it has no forward-mode derivative", upstream=_FORMULAS)
+@rule(
+    F.multi_margin_loss,
+    why="it has no forward-mode and no second derivative",
+    upstream=_FORMULAS,
+    when="gradients",
+)
 def _multi_margin(
     input: Tensor,
     target: Tensor,
@@ -62,7 +67,12 @@ def _multi_margin(
     return _reduced(losses, _legacy(size_average, reduce, reduction))
 
 
-@rule(F.multilabel_margin_loss, why="it has no forward-mode derivative", upstream=_FORMULAS)
+@rule(
+    F.multilabel_margin_loss,
+    why="it has no forward-mode and no second derivative",
+    upstream=_FORMULAS,
+    when="gradients",
+)
 def _multilabel_margin(
     input: Tensor,
     target: Tensor,
@@ -148,6 +158,7 @@ _NEVER = -1e30  # the log of a probability that cannot be: finite, so that no gr
     F.ctc_loss,
     why="it has no forward-mode and no second derivative, and cannot be mapped over lengths",
     upstream=_FORMULAS,
+    when="gradients",
 )
 def _ctc(
     log_probs: Tensor,
