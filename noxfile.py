@@ -42,6 +42,22 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def planted(session: nox.Session) -> None:
+    """All planted bugs, which the checks of the kit have to find, 2,000 correct cases, and a table of both."""
+    install_project(session, ".[testing]", "pytest-xdist", *PEERS)
+    files = [f"tests/test_{name}.py" for name in ("planted", "kit_properties")]
+    session.run("pytest", "--planted", *WORKERS, *files, *session.posargs, env=QUIET)
+
+
+@nox.session
+def deep(session: nox.Session) -> None:
+    """The properties of the kit, with 2,000 examples each, new ones in each run."""
+    install_project(session, ".[testing]", "pytest-xdist", *PEERS)
+    options = ("--statelessify-profile", "deep")
+    session.run("pytest", *options, *WORKERS, "tests/test_kit_properties.py", *session.posargs, env=QUIET)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Plant small mistakes in the core files and name those that no test notices; arguments are files, `_tree.py`."""
     install_project(session, ".[testing,examples]", "pytest-cov", "mutmut", DATABASE, *PEERS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import conformance_report
+import planted_report
 import pytest
 import torch
-
-# The option and the table at the end are hooks: pytest finds them by their names here.
-from conformance_report import pytest_addoption as pytest_addoption
-from conformance_report import pytest_terminal_summary as pytest_terminal_summary
 from conformance_report import zoo_record as zoo_record
 from hypothesis import Phase, settings
 
@@ -25,6 +24,16 @@ settings.register_profile(  # for tests/mutants.py: whether a test fails, not at
 )
 default_profile = "ci" if os.environ.get("CI") == "true" else "dev"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default_profile))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for report in (conformance_report, planted_report):
+        report.pytest_addoption(parser)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for report in (conformance_report, planted_report):
+        report.pytest_terminal_summary(terminalreporter, config)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ class Planted(NamedTuple):
         new: the text in its place.
         symptom: what a user sees.
         public: the public function, and the kind of use, by which it shows.
+        check: the property that is to find it; see `kit_properties`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Planted(NamedTuple):
     new: str
     symptom: str
     public: str
+    check: str = ""
 
 
 def patched(bug: Planted) -> str:

@@ -101,6 +101,11 @@ def gradient_of(problem: Problem, seed: int) -> Problem:
     return Problem(call, problem.function, labels, problem.point, values, rough, None, 2)
 
 
+def without_graph(problem: Problem, seed: int) -> list[Tensor]:
+    """The gradients of `gradient_of`, as they are where nothing is to be differentiated again."""
+    return [gradient for row in _rows(problem, _weights(problem, seed)) for gradient in row]
+
+
 def _weights(problem: Problem, seed: int) -> list[Tensor]:
     """Random numbers that make one number of each output; a scalar stays as it is."""
     generator = torch.Generator().manual_seed(seed)

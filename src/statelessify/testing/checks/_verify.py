@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import DtypeError, LossError
-from ._claims import Claims, Problem, claims, gradient_of, needing_grad, of_user, spread
+from .._close import assert_trees_close
+from ._claims import FLOOR, RTOL, Claims, Problem, claims, gradient_of, needing_grad, of_user, spread, without_graph
 from ._complaint import Settings, complaint
 from ._differences import Line, size
 from ._judge import judge, kinked, unit
@@ -48,8 +49,31 @@ def verify(
             _check(problem, mode, settings)
         if order == 2:
             second = gradient_of(problem, settings.seed)
+            if given is None and "reverse" in modes:
+                _check_graph(problem, second, settings)
             for mode in modes:
                 _check(second, mode, settings)
+
+
+def _check_graph(problem: Problem, second: Problem, settings: Settings) -> None:
+    """The gradient is the same whether it is to be differentiated again or not: code may branch on that."""
+    plain = without_graph(problem, settings.seed)
+    rtol, floor = RTOL[problem.dtype] if settings.rtol is None else settings.rtol, FLOOR[problem.dtype]
+    for name, once, twice in zip(second.outputs, plain, second.values, strict=True):
+        size = float(once.abs().max()) if once.numel() else 0.0
+        try:
+            assert_trees_close(
+                {name: twice.to(once)},
+                {name: once},
+                rtol=rtol,
+                atol=floor * size + settings.atol,
+                names=("with `create_graph=True`", "without"),
+                note=f"reproduce: {settings.reproduce}",
+            )
+        except AssertionError as error:
+            raise AssertionError(
+                f"the gradient is another one where it is to be differentiated again: {error}"
+            ) from None
 
 
 def _check(problem: Problem, mode: str, settings: Settings) -> None:

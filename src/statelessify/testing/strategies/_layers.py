@@ -240,7 +240,10 @@ def _inner(draw: st.DrawFn, shape: Shape, wanted: Wanted) -> Call:
     """A layer whose output has the shape of its input."""
     size = shape[-1]
     plain = call(nn.Linear, size, size, bias=draw(YES))
-    return draw(st.sampled_from([plain, call(nn.LayerNorm, size, eps=draw(eps(wanted))), call(Buffered, size)]))
+    # Shared, a buffer that moves hands on a mean that is no part of the graph.
+    moving = {"moves": False} if wanted.smooth else {}
+    layers = [plain, call(nn.LayerNorm, size, eps=draw(eps(wanted))), call(Buffered, size, **moving)]
+    return draw(st.sampled_from(layers))
 
 
 def residual(draw: st.DrawFn, shape: Shape, wanted: Wanted) -> tuple[Call, Shape]:
@@ -310,8 +313,8 @@ FAMILIES: dict[str, tuple[Layer, ...]] = {
 def embedding(draw: st.DrawFn, item: Indices, wanted: Wanted) -> tuple[Call, Shape]:
     """A layer for integers."""
     size = draw(SIZE)
+    padding = None if wanted.smooth else draw(st.sampled_from([None, 0]))  # its row has the gradient zero by decree
     if item.shape and draw(NO) and not wanted.smooth:  # torch has no second derivative of a bag
         mode = draw(st.sampled_from(["mean", "sum"]))
-        return call(nn.EmbeddingBag, item.below, size, mode=mode), (size,)
-    padding = None if wanted.smooth else draw(st.sampled_from([None, 0]))  # its row has the gradient zero by decree
+        return call(nn.EmbeddingBag, item.below, size, mode=mode, padding_idx=padding), (size,)
     return call(nn.Embedding, item.below, size, padding_idx=padding), (*item.shape, size)
