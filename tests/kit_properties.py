@@ -13,14 +13,16 @@ from typing import Any
 import hypothesis
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from optim_naive import SPECS
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from statelessify import Implicit, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
 from statelessify.testing.checks import (
+    assert_trees_close,
     check_grads,
     check_meta_grads,
     check_modes,
@@ -237,10 +239,10 @@ def of_problems(max_tasks: int) -> Strata:
     }
 
 
-def with_rates(optimizer: optim.Optimizer, rates: Callable[[Any], Any]) -> optim.Optimizer:
-    """The same optimizer with a schedule as its learning rate."""
+def rebuilt(optimizer: optim.Optimizer, **others: Any) -> optim.Optimizer:
+    """The same optimizer, save for some options."""
     rule: Any = optimizer.init.__self__  # type: ignore[attr-defined]
-    return getattr(optim, rule.name)(**{**rule.hyperparameters, **rule.switches, **rule.choices, "lr": rates})
+    return getattr(optim, rule.name)(**{**rule.hyperparameters, **rule.switches, **rule.choices, **others})
 
 
 def slowing(step: Any) -> Any:
@@ -254,7 +256,7 @@ def adapt_many(problem: Any, data: st.DataObject) -> None:
     steps, transform = data.draw(st.integers(0, 3)), data.draw(_TRANSFORMS)
     optimizer = data.draw(optimizers(smooth=True, params=params))
     if data.draw(st.sampled_from([False, False, True])):
-        optimizer = with_rates(optimizer, slowing)
+        optimizer = rebuilt(optimizer, lr=slowing)
     options: Any = {"optimizer": optimizer, "steps": steps, "grad_transform": transform}
     chunk_size = data.draw(st.sampled_from([None, 1, 2]))
     resumed = data.draw(st.booleans())
@@ -364,6 +366,22 @@ def by_equations(optimizer: optim.Optimizer, rates: Callable[[int], float] | Non
     return optim.Optimizer(init, step)
 
 
+def check_slots(optimizer: optim.Optimizer, reference: optim.Optimizer, params: dict[str, Tensor], steps: int) -> None:
+    """What both remember under one name is the same."""
+    ours, theirs = optimizer.init(params), reference.init(params)
+    generator, other = torch.Generator().manual_seed(0), params
+    for _ in range(steps):
+        grads = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+        params, ours = optimizer.step(params, grads, ours)
+        other, theirs = reference.step(other, grads, theirs)
+    for name, slots in theirs.slots.items():
+        common = {slot: value for slot, value in slots.items() if slot in ours.slots and name in ours.slots[slot]}
+        found = {slot: ours.slots[slot][name] for slot in common if isinstance(common[slot], Tensor)}
+        expected = {slot: common[slot] for slot in found}
+        alike = {slot for slot in found if found[slot].shape == expected[slot].shape}
+        assert_trees_close({s: found[s] for s in alike}, {s: expected[s] for s in alike}, rtol=1e-7, atol=1e-9)
+
+
 def some_params(data: st.DataObject) -> dict[str, Tensor]:
     """Parameters; often several of one shape, which are updated as one."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -380,15 +398,26 @@ RULES = tuple(name for name in SPECS if name not in ("muon", "adafactor", "rprop
 def optimizer(rule: str, data: st.DataObject) -> None:
     params = some_params(data)
     kind = data.draw(st.sampled_from(["numbers", "tensors", None]))
-    drawn = data.draw(optimizers(rules=(rule,), params=params, hyperparameters=kind))
+    smooth = rule not in ("lion",)  # which is a sign
+    drawn = data.draw(optimizers(rules=(rule,), params=params, hyperparameters=kind, smooth=smooth))
+    made: Any = drawn.init.__self__  # type: ignore[attr-defined]
+    # At the end of its range a number has differences to one side only.
+    assume(all(float(leaf.detach()) > 0 for leaf in tree_leaves(made.hyperparameters) if isinstance(leaf, Tensor)))
+    if data.draw(st.booleans()) and "amsgrad" in made.switches:
+        drawn = rebuilt(drawn, amsgrad=True)
     table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
     steps = data.draw(st.sampled_from([2, 6, 3]))
-    if table is None:
-        check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
+    if table is not None:
+        scheduled = rebuilt(drawn, lr=lambda step: table[min(int(step), 6)])
+        reference = by_equations(drawn, lambda step: table[min(step, 6)])
+        check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
         return
-    scheduled = with_rates(drawn, lambda step: table[min(int(step), 6)])
-    reference = by_equations(drawn, lambda step: table[min(step, 6)])
-    check_optimizer(scheduled, reference, params=params, steps=steps, entries=1, kinks="skip")
+    check_optimizer(drawn, by_equations(drawn), params=params, steps=steps, entries=1, kinks="skip")
+    check_slots(drawn, by_equations(drawn), params, steps)
+    if data.draw(st.booleans()):  # the numbers are those of the state, whatever optimizer has made it
+        other = rebuilt(drawn, lr=0.05)
+        mixed = optim.Optimizer(other.init, drawn.step)
+        check_optimizer(mixed, by_equations(other), params=params, steps=2, entries=0, kinks="skip")
 
 
 # Solves --------------------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ OPTIMIZERS = (
     Planted(
         name="schedules are a step late",
         file="optim/_rule.py",
-        old="at_step(spec, state.step) for name, spec in specs.items()",
-        new="at_step(spec, (state.step - 1).clamp(min=0)) for name, spec in specs.items()",
+        old="at_step(spec, state.step) for name, spec in given.items()",
+        new="at_step(spec, (state.step - 1).clamp(min=0)) for name, spec in given.items()",
         symptom="A callable of the step is asked for the step before.",
         public="optim.sgd(lr=lambda step: ...), two steps or more",
         check="optimizer",
@@ -55,8 +55,8 @@ OPTIMIZERS = (
     Planted(
         name="hyperparameters of an earlier state",
         file="optim/_rule.py",
-        old="if about is not None and self._known is not None and self._known[0] is about:",
-        new="if about is not None and self._known is not None:",
+        old="if self._known is not None and self._known[0] is container.seen:",
+        new="if self._known is not None:",
         symptom="An optimizer that has stepped with one learning rate goes on with it, whatever the state says.",
         public="optim.sgd, a state whose hyperparameters were replaced",
         check="optimizer",
