@@ -115,9 +115,9 @@ def optimizers(
 
     Example:
         >>> from hypothesis import find
-        >>> optimizer = find(optimizers(), lambda optimizer: True)  # sgd(lr=0.5)
-        >>> optimizer.init({}).hyperparameters["lr"]
-        0.5
+        >>> found = find(optimizers(hyperparameters="tensors"), lambda optimizer: True)
+        >>> found.init({}).hyperparameters["lr"].requires_grad
+        True
     """
     names = _options.chosen("rules", rules, NUMBERS)
     _options.one_of("hyperparameters", hyperparameters, ("numbers", "tensors", "dicts"))
