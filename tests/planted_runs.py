@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-LIMIT = 120  # CPU seconds of a job; a library that never comes back is no reason to wait
+LIMIT = 300  # CPU seconds of a job; a library that never comes back is no reason to wait
 
 
 class Verdict(NamedTuple):
@@ -123,7 +123,7 @@ def _judged(name: str, examples: int, seed: int | None) -> dict[str, Any]:
     try:
         for stratum in PROPERTIES[name]:
             run(name, stratum, examples, seed=seed, report_multiple_bugs=False, **options)
-    except hypothesis.errors.HypothesisException:
+    except (hypothesis.errors.HypothesisException, NameError, ImportError):  # an error of the property itself
         raise
     except Exception as error:  # whatever it raises, the user is warned
         first = next(iter(str(error).splitlines()), "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -71,6 +72,18 @@ def runs() -> Iterator[Runs]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def alarms(runs: Runs, pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """What a property says of the library as it is, with the very examples that are to find bugs: nothing."""
+
+    @cache
+    def said(check: str) -> str:
+        verdict = runs(SOURCES, check, EXAMPLES)
+        return verdict.error or verdict.message
+
+    return said if pytestconfig.getoption("--planted") else lambda check: ""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = 1 if metafunc.config.getoption("--planted") else SAMPLE
     if "planted_bug" in metafunc.fixturenames:
@@ -85,12 +98,15 @@ def _record(request: pytest.FixtureRequest, group: str, name: str, check: str, v
     request.node.user_properties.append((PROPERTY, entry))
 
 
-def test_a_planted_bug_is_found(planted_bug: Planted, runs: Runs, request: pytest.FixtureRequest) -> None:
+def test_a_planted_bug_is_found(
+    planted_bug: Planted, runs: Runs, alarms: Callable[[str], str], request: pytest.FixtureRequest
+) -> None:
     check = planted_bug.check or LOOKED_FOR_BY[planted_bug.name]
     with planted(planted_bug) as copy:
         verdict = runs(copy, check, EXAMPLES)
     _record(request, KNOWN if planted_bug.check else BLIND_ONES, planted_bug.name, check, verdict)
     assert verdict.found, f"`{check}` did not notice: {planted_bug.symptom}"
+    assert not alarms(check), f"`{check}` is not quiet without the bug: {alarms(check)}"
 
 
 def test_a_defect_of_torch_or_higher_is_found(defect: str, runs: Runs, request: pytest.FixtureRequest) -> None:
