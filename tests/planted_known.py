@@ -198,7 +198,7 @@ LOOPS = (
         new='slots = {**slots, "exp_avg": m, "exp_avg_sq": v.detach()}',
         symptom="Meta-gradients through two steps or more of Adam lack what goes by the second moment.",
         public="adapt with optim.adam, two steps or more",
-        check="meta_grads",
+        check="optimizer",
     ),
     Planted(
         name="the first momentum buffer is detached",
@@ -210,7 +210,7 @@ LOOPS = (
         gs = _added""",
         symptom="What torch.optim.SGD(differentiable=True) does: the first gradient is lost to all later steps.",
         public="adapt with optim.sgd and momentum, two steps or more",
-        check="meta_grads",
+        check="optimizer",
     ),
     Planted(
         name="bias corrections do not see their betas",
@@ -219,7 +219,7 @@ LOOPS = (
         new="        base = base.detach().to(torch.float64)",
         symptom="Meta-gradients by the betas of Adam lack a part.",
         public="adapt with optim.adam and learned betas",
-        check="meta_grads",
+        check="optimizer",
     ),
     Planted(
         name="the factor of clipping is a constant",
