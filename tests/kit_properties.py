@@ -224,10 +224,10 @@ def _of_task(batch: Any, task: int) -> Any:
 
 
 _PROBLEMS = {
-    "any": {},
     "norms in training": {"layers": ("norm", "linear"), "training": True},
     "other norms": {"layers": ("norm", "activation", "linear")},
     "recurrent": {"layers": ("recurrent", "linear"), "max_depth": 1},
+    "any": {},
 }
 """Options of `problems`."""
 
