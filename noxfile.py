@@ -51,10 +51,18 @@ def planted(session: nox.Session) -> None:
 
 @nox.session
 def deep(session: nox.Session) -> None:
-    """The properties of the kit, with 2,000 examples each, new ones in each run."""
+    """The properties of the library and of the kit, with 2,000 examples each, of dear ones a part; new in each run."""
     install_project(session, ".[testing]", "pytest-xdist", *PEERS)
     options = ("--statelessify-profile", "deep")
-    session.run("pytest", *options, *WORKERS, "tests/test_kit_properties.py", *session.posargs, env=QUIET)
+    files = ["tests/test_kit_properties.py", *map(str, sorted(Path("tests").glob("test_properties_*.py")))]
+    session.run("pytest", *options, *WORKERS, *files, *session.posargs, env=QUIET)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant small mistakes in the core files and name those that no test notices; arguments are files, `_tree.py`."""
+    install_project(session, ".[testing,examples]", "pytest-cov", "mutmut", DATABASE, *PEERS)
+    session.run("python", "tests/mutants.py", *session.posargs, env=QUIET)
 
 
 @nox.session

@@ -11,7 +11,7 @@ import planted_report
 import pytest
 import torch
 from conformance_report import zoo_record as zoo_record
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from statelessify.rules._registry import FUNCTIONS, MODULES, RULES
 from statelessify.testing import strategies as strategies  # hypothesis seeds torch from here on
@@ -19,6 +19,9 @@ from statelessify.testing import strategies as strategies  # hypothesis seeds to
 settings.register_profile("dev", max_examples=25, deadline=None, derandomize=False)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, derandomize=False)
+settings.register_profile(  # for tests/mutants.py: whether a test fails, not at what
+    "mutants", max_examples=10, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
+)
 default_profile = "ci" if os.environ.get("CI") == "true" else "dev"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default_profile))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,3 +159,38 @@ def untouched(live: torch.optim.Optimizer, module: nn.Module) -> Iterator[None]:
     for group, known in zip(live.param_groups, groups, strict=True):
         assert group.keys() == known.keys()
         assert all(group[key] is value for key, value in known.items())
+
+
+# Torch's own optimizer with the settings of a pure one ---------------------------------------------------------------
+
+RULES = {cls.__name__.lower(): cls for cls in CLASSES}
+
+
+def rule_of(optimizer: optim.Optimizer) -> Any:
+    return optimizer.init.__self__  # type: ignore[attr-defined]
+
+
+def settings_of(optimizer: optim.Optimizer) -> dict[str, Any]:
+    rule = rule_of(optimizer)
+    return {**rule.hyperparameters, **rule.switches, **rule.choices}
+
+
+def plain(value: Any, name: str) -> Any:
+    """A setting as torch has it, for one parameter."""
+    if isinstance(value, tuple):
+        return tuple(plain(each, name) for each in value)
+    value = value[name] if isinstance(value, dict) else value
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def live_as(optimizer: optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+    """One group for each parameter, with its settings, as far as torch knows them."""
+    cls = RULES[rule_of(optimizer).name]
+    known = inspect.signature(cls).parameters
+    given = {name: value for name, value in settings_of(optimizer).items() if name in known}
+    groups = [{"params": [(name, p)], **{key: plain(value, name) for key, value in given.items()}} for name, p in named]
+    found = cls(groups)
+    for group in found.param_groups:  # of Adagrad, the first accumulator is not taken from the group
+        for p in group["params"] if "initial_accumulator_value" in group else ():
+            found.state[p]["sum"].fill_(group["initial_accumulator_value"])
+    return found

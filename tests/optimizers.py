@@ -48,7 +48,8 @@ REAL = ("adafactor", "muon")  # no complex parameters
 WHOLE = {("adafactor", "beta2_decay"), ("muon", "ns_coefficients"), ("muon", "eps")}  # no value per entry
 
 EACH_RULE = pytest.mark.parametrize("rule", VALUES)
-EACH_NUMBER = pytest.mark.parametrize(("rule", "name"), [(rule, name) for rule in VALUES for name in VALUES[rule]])
+NUMBERS = [(rule, name) for rule in VALUES for name in VALUES[rule]]
+EACH_NUMBER = pytest.mark.parametrize(("rule", "name"), NUMBERS)
 EACH_SWITCH = pytest.mark.parametrize(("rule", "switch"), [(rule, each) for rule in VALUES for each in SWITCHES[rule]])
 
 

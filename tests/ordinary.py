@@ -9,11 +9,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from zoo import tensors_in
 
@@ -182,3 +183,21 @@ def stack(rows: list[Any]) -> Any:
     if isinstance(first, (list, tuple)):
         return [stack(list(column)) for column in zip(*rows, strict=True)]
     return torch.stack([row.detach() for row in rows])
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Weight norm of operations whose derivatives torch has right: the second one of its own kernel is wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        others = [other for other in range(v.ndim) if other != dim]
+        return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+
+
+@contextlib.contextmanager
+def twice_derived() -> Iterator[None]:
+    """Torch with kernels whose second derivative is right."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _WeightNorm():
+        yield

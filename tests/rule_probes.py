@@ -39,6 +39,14 @@ def _gaussian() -> None:
     mapped(F.gaussian_nll_loss, *torch.rand(3, 2, 4))
 
 
+@probe(F.cross_entropy)
+def _cross_entropy() -> None:
+    weight = torch.rand(3)
+    mapped(
+        lambda x, y: F.cross_entropy(x, y, weight, label_smoothing=0.2), torch.randn(2, 4, 3), torch.randint(3, (2, 4))
+    )
+
+
 @probe(F.ctc_loss)
 def _ctc() -> None:
     y = torch.tensor([[[1, 2]], [[2, 1]]])

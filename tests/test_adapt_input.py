@@ -9,7 +9,7 @@ import torch
 from problems import assert_close, pull
 from torch import Tensor, nn
 
-from statelessify import FirstOrder, Unroll, adapt, optim
+from statelessify import FirstOrder, Implicit, Unroll, adapt, optim
 from statelessify.errors import DtypeError, HyperparameterError, LossError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -55,6 +55,25 @@ def test_one_tensor_is_a_tree() -> None:
     assert torch.autograd.grad(adapted.params.sum(), w)[0].shape == (3,)
 
 
+@pytest.mark.parametrize("gradient", [Unroll(), Unroll(checkpoint_every=1), FirstOrder(), Implicit()], ids=repr)
+def test_no_parameters(gradient: Any) -> None:
+    """There is nothing to adapt, and the losses are those of the batches: in eager code and in a vmap."""
+
+    def losses(scale: Tensor) -> Tensor:
+        def loss(params: Any, batch: Tensor) -> Tensor:
+            return (batch * scale).sum()
+
+        options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 2, "gradient": gradient}
+        adapted = adapt(loss, {}, lambda step, params: torch.full((3,), step + 1.0), **options)
+        assert adapted.params == {}
+        return adapted.losses
+
+    assert_close(losses(torch.tensor(2.0)), torch.tensor([6.0, 12.0]))
+    if not isinstance(gradient, Implicit):
+        assert_close(torch.vmap(losses)(torch.tensor([2.0, 3.0])), torch.tensor([[6.0, 12.0], [9.0, 18.0]]))
+    assert adapt(pull, {}, None, optimizer=optim.sgd(), steps=0).losses.shape == (0,)
+
+
 def test_the_same_tensor_under_two_names_is_two_parameters() -> None:
     w = torch.randn(3, requires_grad=True)
     loss = lambda p, b: ((p["a"] * p["b"] - b) ** 2).sum()
@@ -79,6 +98,14 @@ def test_complex_parameters_are_trained_as_pairs(make: Any) -> None:
         expected = adapt(on_pairs, torch.view_as_real(start), target, optimizer=make(), steps=3).params
         adapted = adapt(function, start, target, optimizer=make(), steps=3).params
         assert_close(adapted, torch.view_as_complex(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64, torch.float32])
+def test_losses_are_real_also_where_there_are_none(dtype: torch.dtype) -> None:
+    loss = lambda w, batch: w.abs().square().sum()
+    adapted = [adapt(loss, torch.ones(3, dtype=dtype), None, optimizer=optim.sgd(), steps=n) for n in (0, 2)]
+    assert [list(each.losses.shape) for each in adapted] == [[0], [2]]
+    assert {each.losses.dtype for each in adapted} == {torch.ones((), dtype=dtype).abs().dtype}
 
 
 def test_an_object_with_call_is_a_loss() -> None:
@@ -138,6 +165,8 @@ BAD_INPUT: dict[str, tuple[Any, Any, str]] = {
     "tensor steps": (HyperparameterError, {"steps": torch.tensor(1)}, "steps="),
     "no optimizer": (HyperparameterError, {"optimizer": torch.optim.SGD}, "Optimizer"),
     "a rate": (HyperparameterError, {"optimizer": 0.1}, "float"),
+    "no mode": (HyperparameterError, {"gradient": "unroll"}, "gradient='unroll'.* is not a mode"),
+    "a mode's class": (HyperparameterError, {"gradient": Unroll}, "is not a mode; write `Unroll\\(\\)`"),
     "per task": (HyperparameterError, {"optimizer": optim.sgd(lr=optim.per_task(torch.ones(2)))}, "adapt_tasks"),
     "a state of another shape": (
         ValueError,

@@ -48,6 +48,46 @@ def test_callable_batches_are_called_once_a_step_in_order(route: Any, gradient: 
     assert seen == [0, 1, 2]
 
 
+def test_no_batch_is_asked_for_where_there_is_no_step() -> None:
+    def never(step: int, current: Any) -> Any:
+        pytest.fail("there is no step")
+
+    with pytest.raises(TaskError, match="how many tasks"):
+        adapt_tasks(pull, {"w": torch.ones(3)}, never, optimizer=optim.sgd(lr=0.1), steps=0)
+
+
+def test_one_step_of_batches_from_a_callable_that_alone_say_how_many_tasks_there_are() -> None:
+    params, targets = {"w": torch.randn(3)}, torch.randn(4, 3)
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 1}
+    found = adapt_tasks(pull, params, lambda step, current: targets, **options)
+    assert_close(found, adapt_tasks(pull, params, targets, **options))
+
+
+@ROUTES
+def test_what_all_tasks_share_in_a_carry_is_one_value_in_chunks_too(route: Any) -> None:
+    """A counter of integers, which comes out once for all, and a mean that each task has of its own."""
+
+    def loss(w: Tensor, carry: Any, batch: Tensor) -> Any:
+        new = {"count": carry["count"] + torch.tensor([1, 2]), "mean": carry["mean"] * 0.9 + batch.mean()}
+        return ((w - batch) ** 2).sum() * carry["count"].sum(), new
+
+    w, batches = torch.randn(3), torch.randn(5, 3)
+    carry = {"count": torch.tensor([1, 0]), "mean": torch.zeros(())}
+    options: Any = {"optimizer": optim.sgd(lr=0.01), "steps": 3, "carry": carry}
+    found = adapt_tasks(loss, w, batches, **options, **route)
+    assert_close(found, tree_stack([adapt(loss, w, batch, **options) for batch in batches]))
+    assert found.carry["count"].tolist() == [[4, 6]] * 5
+
+
+def test_first_order_names_the_batches_that_it_does_not_reach() -> None:
+    start, scale = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    losses = [lambda w, batch: ((w - batch["scale"]) ** 4).sum(), lambda w, batch: ((w - batch["scale"]) ** 2).sum()]
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 1, "gradient": FirstOrder()}
+    for loss in losses:  # once for each
+        with pytest.warns(UserWarning, match="passes no gradient to .*`batches.scale`"):
+            adapt_tasks(loss, start, {"scale": scale}, **options)
+
+
 @pytest.mark.parametrize("silent", [torch.no_grad, torch.inference_mode])
 @ROUTES
 def test_nothing_is_recorded(route: Any, silent: Any) -> None:

@@ -335,3 +335,25 @@ def test_a_cache_of_weights_is_refused() -> None:
     with parametrize.cached():
         stateless(MLP()).apply(*stateless(MLP())[1:], torch.ones(3))
     apply(params, buffers, torch.ones(3))
+
+
+class Doubles(nn.Module):
+    """Hangs a hook on its parameter in each call, which doubles the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.register_hook(lambda grad: 2 * grad)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("policy", ["alias", "detach"])
+def test_hooks_that_forward_hangs_on_parameters_are_of_one_call(policy: Any) -> None:
+    apply, params, buffers = stateless(Doubles(), params=policy)
+    x = torch.randn(3)
+    for _ in range(4):
+        (grad,) = torch.autograd.grad(apply(params, buffers, x)[0].sum(), params["weight"])
+        assert_close(grad, 2 * x)
+    assert not params["weight"]._backward_hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention
+from ordinary import twice_derived
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.testing import assert_close
@@ -53,7 +53,6 @@ def second_order(value: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 
 # The only kernel of attention on the CPU whose derivative has a derivative.
-twice_derived = functools.partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH)
 
 
 def randomness(member: Member) -> Any:

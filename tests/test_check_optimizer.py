@@ -221,6 +221,22 @@ def test_a_learned_number_that_is_cut() -> None:
         check_optimizer(whole._replace(step=cut))
 
 
+def test_schedules_are_followed() -> None:
+    """Only so far as there are steps: torch's know no shorter way to a late one."""
+    learned = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    rate = optim.schedule(torch.optim.lr_scheduler.StepLR, learned, step_size=1, gamma=0.5)
+
+    def reference(leaves: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(leaves, lr=0.25)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    check_optimizer(optim.sgd(lr=rate), reference, steps=2, entries=1)
+    with pytest.raises(AssertionError, match="after step 2 of 2 the parameters are wrong"):
+        check_optimizer(optim.sgd(lr=learned), reference, steps=2, entries=1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

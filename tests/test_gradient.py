@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import IGNORE_SCRIPT, assert_close, fresh, gradients, mlp, pull, recurrent, regression, regression_batch
-from torch import Tensor
+from torch import Tensor, nn
 
 from statelessify import FirstOrder, Unroll, adapt, optim, over_tasks
 
@@ -188,6 +188,24 @@ def test_first_order_warns_once_of_what_it_does_not_reach() -> None:
         adapt(loss, start, torch.zeros(3), **options)
 
 
+def test_first_order_warns_once_of_each_loss_that_is_an_object() -> None:
+    class Learned(nn.Module):  # it has no code of its own by which it could be known
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, w: Tensor, batch: Tensor) -> Tensor:
+            return self.factor * ((w - batch) ** 4).sum()
+
+    one, other, start = Learned(), Learned(), torch.ones(3, requires_grad=True)
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 2, "gradient": FirstOrder()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for loss in (one, other, one, other):
+            adapt(loss, start, torch.zeros(3), **options)
+    assert ["closed-over" in str(warning.message) for warning in caught] == [True, True]
+
+
 def test_first_order_does_not_warn_of_a_carry_that_it_reaches() -> None:
     start, hidden = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     loss = lambda w, h, b: ((torch.tanh(w * b + h) ** 2).sum(), torch.tanh(w * b + h))
@@ -196,6 +214,23 @@ def test_first_order_does_not_warn_of_a_carry_that_it_reaches() -> None:
         warnings.simplefilter("error")
         adapted = adapt(loss, start, torch.ones(3), carry=hidden, **options)
     assert torch.autograd.grad(adapted.carry.sum(), hidden)[0].abs().min() > 0
+
+
+def test_first_order_keeps_the_graph_that_a_carry_shares_with_the_loss() -> None:
+    start, hidden = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    state = lambda w, h, b: torch.tanh(w * b + h)
+
+    def once(w: Tensor, h: Tensor, b: Tensor) -> Any:
+        new = state(w, h, b)
+        return (new**2).sum(), new
+
+    twice = lambda w, h, b: ((state(w, h, b) ** 2).sum(), state(w, h, b))
+    options: Any = {"optimizer": optim.sgd(lr=0.1), "steps": 2, "gradient": FirstOrder(), "carry": hidden}
+    found, expected = (
+        torch.autograd.grad(adapt(loss, start, torch.ones(3), **options).carry.sum(), (start, hidden))
+        for loss in (once, twice)
+    )
+    assert_close(found, expected)
 
 
 # The same numbers in every context ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.attention
 from higher_cases import QUIET, descend, everything, others, reference, slopes, visible
+from ordinary import twice_derived
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -28,7 +28,6 @@ pytestmark = [
 ]
 
 # The only kernel of attention on the CPU whose derivative has a derivative; the layer chooses it by itself.
-twice_derived = functools.partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 

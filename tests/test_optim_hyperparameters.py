@@ -11,6 +11,8 @@ from optimizers import (
     EACH_NUMBER,
     EACH_RULE,
     EACH_SWITCH,
+    NUMBERS,
+    REAL,
     VALUES,
     WHOLE,
     dtypes_of,
@@ -18,6 +20,7 @@ from optimizers import (
     make,
     run,
     shapes_of,
+    steps_of,
     tensors_of,
     with_each,
 )
@@ -79,6 +82,36 @@ def test_every_form_of_a_number(rule: str, name: str) -> None:
             found = run(make(rule, **{name: spec}), params, gradients)
             assert_same_run(found, expected)
             assert found[1].hyperparameters[name] is spec or found[1].hyperparameters[name] == spec
+
+
+@EACH_RULE
+def test_a_state_brings_its_hyperparameters_to_an_optimizer_that_has_seen_others(rule: str) -> None:
+    """Plain numbers are checked once: what another state has is no less its own."""
+    params, gradients = tensors_of(rule), gradients_of(rule)
+    optimizer, by_name = make(rule), {"body.*": 0.1, "head.*": 0.02, "tail.*": torch.tensor(0.03)}
+    run(optimizer, params, gradients)
+    for lr in (by_name, 0.05, lambda step: by_name):
+        other = make(rule, lr=lr)
+        assert_same_run(run(optimizer, params, gradients, other.init(params)), run(other, params, gradients))
+
+
+def entries(tensor: Tensor) -> dict[str, Tensor]:
+    """The entries of a tensor that broadcasts to ``(2, 3)``, each under a name of its own."""
+    return {f"entry.{index}": value for index, value in enumerate(tensor.expand(2, 3).flatten())}
+
+
+@pytest.mark.parametrize(("rule", "name"), [pair for pair in NUMBERS if pair[0] not in REAL])
+def test_a_value_per_entry_is_a_parameter_per_entry(rule: str, name: str) -> None:
+    """Each entry is updated by its own number, real or complex, as if it were a parameter of its own."""
+    for dtype in dtypes_of(rule):
+        w, gradients = torch.randn(2, 3, dtype=dtype), [torch.randn(2, 3, dtype=dtype) for _ in range(steps_of(rule))]
+        for shape in ((2, 3), (3,)):
+            given = with_each(VALUES[rule][name], lambda value, shape=shape: value * (0.9 + 0.2 * torch.rand(shape)))
+            spec = with_each(given, lambda values: {"w": values})
+            found = run(make(rule, **{name: spec}), {"w": w}, [{"w": g} for g in gradients])[0]["w"]
+            own = with_each(given, lambda values: {entry: value.item() for entry, value in entries(values).items()})
+            expected = run(make(rule, **{name: own}), entries(w), map(entries, gradients))[0]
+            assert_close(found.flatten(), torch.stack(list(expected.values())), 1e-13)
 
 
 def slopes(learned: list[Tensor], optimizer: optim.Optimizer, data: Any) -> list[Tensor]:

@@ -68,3 +68,24 @@ def test_a_right_step_is_left_alone() -> None:
     found = adapt(loss, params, batch, optimizer=optimizer, steps=3)
     expected = adapt(loss, params, batch, optimizer=optim.sgd(lr=0.1), steps=3)
     assert all(torch.allclose(found.params[name], expected.params[name], rtol=1e-14) for name in params)
+
+
+def faster(params: Any, grads: Any, state: optim.OptState) -> Any:
+    """Gradient descent whose rate depends on the gradient: its own for each task."""
+    lr = state.hyperparameters["lr"]
+    new = {name: p - lr * grads[name] for name, p in params.items()}
+    rate = lr / (1 + sum(g.square().mean() for g in grads.values()))
+    return new, state._replace(step=state.step + 1, hyperparameters={"lr": rate})
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop"])
+def test_a_hyperparameter_that_a_step_changes_is_each_tasks_own(backend: Any) -> None:
+    """Also where the optimizer says of itself that no entry depends on another."""
+    begin = lambda p: optim.OptState(torch.tensor(0), {"lr": torch.tensor(0.1)}, {})
+    optimizer = optim.Optimizer(begin, faster, elementwise=True)
+    params, batches = {"w": torch.randn(3), "v": torch.randn(3)}, torch.randn(2, 3)
+    found = adapt_tasks(loss, params, batches, optimizer=optimizer, steps=3, backend=backend)
+    for index, batch in enumerate(batches):
+        expected = adapt(loss, params, batch, optimizer=optimizer, steps=3)
+        assert all(torch.allclose(found.params[name][index], expected.params[name], rtol=1e-12) for name in params)
+        assert torch.allclose(found.opt_state.hyperparameters["lr"][index], expected.opt_state.hyperparameters["lr"])

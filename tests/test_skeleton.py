@@ -50,6 +50,18 @@ def test_frozen_parameters_stand_with_the_buffers() -> None:
     assert not any(place.registered_buffer for places in slots.buffers.values() for place in places)
 
 
+def test_frozen_parameters_stand_before_buffers_which_may_need_a_gradient() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module[0].register_buffer("shift", torch.zeros(2, requires_grad=True))
+    module[1].weight.requires_grad_(False)
+    slots = find_slots(module)
+    assert list(slots.params) == ["0.weight", "0.bias", "1.bias"]
+    own = [f"0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked", "shift")]
+    assert list(slots.buffers) == ["1.weight", *own]
+    registered = [place.registered_buffer for places in slots.buffers.values() for place in places]
+    assert registered == [False, True, True, True, True]
+
+
 @pytest.mark.parametrize("make", [MLP, Norms, Tied, Frozen, Buffers, EmptySlots])
 def test_slots_agree_with_torch(make: Any) -> None:
     module = make()

@@ -135,6 +135,15 @@ def test_each_task_has_its_own_system_scale_and_end(solve: Any, seed: int, tasks
     assert_close(found, alone, 1e-12)
 
 
+def test_a_task_that_has_ended_rests_while_others_go_on() -> None:
+    """Steps after its end would multiply what rounding has left of its residual by a hundred each."""
+    entries = ([100.0, 97.0, *[100.0] * 8], [2.0**-i for i in range(10)])
+    matrices = torch.stack([torch.diag(torch.tensor(each)) for each in entries])
+    b = torch.randn(2, 10)
+    found = torch.vmap(lambda matrix, b: cg(times(matrix), b))(matrices, b)
+    assert_close(found, torch.linalg.solve(matrices, b), 1e-7)
+
+
 @ALL
 def test_tasks_may_share_the_matrix_or_the_right_hand_side(solve: Any) -> None:
     matrices, b = positive(3, 4), torch.randn(3, 4)
@@ -164,7 +173,26 @@ def products(solve: Any, matrix: Tensor, b: Tensor, **options: Any) -> int:
 def test_cg_needs_one_product_for_each_distinct_eigenvalue() -> None:
     assert products(cg, torch.diag(torch.tensor([1.0, 2, 2, 5, 5, 5])), torch.ones(6)) == 3
     assert products(cg, torch.eye(3), torch.zeros(3)) == 0
+    assert products(neumann, torch.eye(3), torch.zeros(3)) == 0
     assert products(dense, torch.eye(3), torch.zeros(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("solve", "size", "most"),
+    [(cg, 5, 50), (cg, 6, 60), (cg, 100, 1000), (cg, 101, 1000), (neumann, 3, 1000)],
+)
+def test_so_many_products_at_most(solve: Any, size: int, most: int) -> None:
+    """Of a matrix that is another one each time, by which nothing converges."""
+    count = 0
+
+    def matvec(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x * 10 ** (-3 * torch.rand(size) if solve is cg else -torch.tensor(9.0))
+
+    with pytest.raises(errors.ConvergenceError, match=f"after {most} products"):
+        solve(matvec, torch.ones(size), tol=0.0)
+    assert count == most
 
 
 @ITERATIVE
@@ -177,6 +205,17 @@ def test_a_smaller_tolerance_takes_more_products_and_errs_less(solve: Any) -> No
         assert count > before
         assert tol * 1e-3 < residual <= tol * (1 + 1e-6)
         before = count
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tol"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 10 * 2**-7), (torch.float16, 10 * 2**-10)],
+)
+def test_the_tolerance_follows_the_precision(dtype: torch.dtype, tol: float) -> None:
+    matrix, b = (torch.eye(3) / 4).to(dtype), torch.ones(3, dtype=dtype)  # each product takes a quarter of the residual
+    needed = [products(neumann, matrix, b, **given) for given in ({}, {"tol": tol}, {"tol": 2 * tol}, {"tol": tol / 2})]
+    assert needed[0] == needed[1]
+    assert needed[2] < needed[0] < needed[3]
 
 
 @ITERATIVE

@@ -187,6 +187,35 @@ def test_modules_without_a_pure_form_are_refused_by_name(
     assert [word for word in [*words, "`1.part`" if inside else "`module`"] if word not in str(caught.value)] == []
 
 
+class OptimizedModule(nn.Module):
+    """Has the name of what `torch.compile` returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Wrapper(nn.Module):
+    """Holds its part under the name that `torch.compile` gives to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._orig_mod(x)
+
+
+@pytest.mark.parametrize("make", [OptimizedModule, Wrapper])
+def test_modules_that_look_compiled_are_not_refused(make: Any) -> None:
+    module, x = make(), torch.randn(4, 3)
+    apply, params, buffers = stateless(module)
+    assert_close(apply(params, buffers, x)[0], module(x))
+
+
 @pytest.mark.parametrize("wrong", [nn.Linear, lambda x: x, {"weight": torch.ones(1)}, None])
 @pytest.mark.parametrize("options", [{}, {"example_args": (torch.ones(1),)}])
 def test_only_modules_are_modules(wrong: Any, options: Any) -> None:
@@ -194,7 +223,7 @@ def test_only_modules_are_modules(wrong: Any, options: Any) -> None:
         stateless(wrong, **options)
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2)])
+@pytest.mark.parametrize("wrong", [torch.ones(2, 3), torch.ones(2), 3.0, {"x": torch.ones(2, 3)}])
 def test_example_args_are_a_tuple(wrong: Any) -> None:
     with pytest.raises(errors.StatelessifyError, match="example_args"):
         stateless(nn.LazyLinear(2), example_args=wrong)

@@ -88,7 +88,8 @@ def test_the_smallest() -> None:
     norm = smallest(modules(), contains(nn.BatchNorm1d))
     assert printed(norm) == "seeded(nn.BatchNorm1d(1), 0, takes=[(1,)], dtype=torch.float32)"
     frozen = smallest(modules(), lambda module: not all(p.requires_grad for p in module.parameters()))
-    assert printed(frozen) == ("seeded(nn.Linear(1, 1), 0, takes=[(1,)], dtype=torch.float32, frozen=['weight'])")
+    code = printed(frozen).replace(", bias=False", "")  # which of the two is smaller depends on the way there
+    assert code == "seeded(nn.Linear(1, 1), 0, takes=[(1,)], dtype=torch.float32, frozen=['weight'])"
 
 
 @given(modules(dtype=torch.float64, training=True, frozen=False, max_depth=1))

@@ -69,6 +69,14 @@ def test_learned_numbers(optimizer: optim.Optimizer) -> None:
     assert grad.isfinite()
 
 
+def test_learned_momentum_is_looked_at_without_a_warning() -> None:
+    torch.set_warn_always(True)  # torch says it once in a process
+    try:
+        smallest(optimizers(rules=("sgd",), hyperparameters="tensors"), lambda drawn: settings_of(drawn)["nesterov"])
+    finally:
+        torch.set_warn_always(False)
+
+
 @given(optimizers(hyperparameters="dicts", params=MATRICES))
 def test_numbers_by_name(optimizer: optim.Optimizer) -> None:
     assert optimizer.init(MATRICES).hyperparameters["lr"].keys() == {"body.w", "head"}

@@ -30,6 +30,7 @@ def test_loss_and_gradient_are_finite(problem: Problem) -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.filterwarnings("ignore:torch.vmap cannot batch:UserWarning")  # weighted, smoothed cross-entropy
 @given(problems(dtype=torch.float64, smooth=True))
 def test_the_inner_loop_is_finite(problem: Problem) -> None:
     rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -132,6 +134,12 @@ def test_policies_that_cannot_be(policy: Any, move: Any, words: list[str]) -> No
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "float32", 3])
+def test_dtypes_that_cannot_be(dtype: Any) -> None:
+    with pytest.raises(errors.DtypeError, match=re.escape(f"`dtype={dtype!r}`")):
+        tree_copy({"w": torch.ones(2)}, "detach", dtype=dtype)
+
+
 def test_alias_with_a_move_that_needs_no_copy_is_fine() -> None:
     leaf = nn.Parameter(torch.ones(2))
     assert tree_copy([leaf], "alias", device="cpu", dtype=torch.float64)[0] is leaf
@@ -195,6 +203,48 @@ def test_what_is_no_tensor_is_shared_and_must_agree() -> None:
         tree_stack([{"name": "x"}, {"name": "y"}])
 
 
+def made(value: Any) -> Any:
+    """A function that each task makes anew."""
+    return lambda: value
+
+
+class Odd:
+    """Is equal to nothing, without an answer."""
+
+    def __eq__(self, other: object) -> Any:
+        raise TypeError
+
+    __hash__ = None
+
+
+SHARED = torch.ones(1)
+ODD = Odd()
+PAIRS: dict[str, tuple[Any, Any, bool]] = {
+    "the same object": (ODD, ODD, True),
+    "no answer": (Odd(), Odd(), False),
+    "no truth value": (np.ones(2), np.ones(2), False),
+    "one value, two types": (1, 1.0, False),
+    "nan": (float("nan"), float("nan"), True),
+    "nan and a number": (float("nan"), 1.0, False),
+    "functions that close over one value": (made(3), made(3), True),
+    "functions that close over two": (made(3), made(4), False),
+    "functions that close over one tensor": (made(SHARED), made(SHARED), True),
+    "functions that close over equal tensors": (made(SHARED), made(SHARED.clone()), False),
+    "two functions": (made, tensors, False),
+    "a function and none": (made, 3, False),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "same"), PAIRS.values(), ids=PAIRS)
+def test_what_counts_as_the_same_value(one: Any, other: Any, same: bool) -> None:
+    """Leaves that are no tensors, and that tasks make each on their own."""
+    if same:
+        assert tree_stack([[one], [other]])[0] is one
+    else:
+        with pytest.raises(errors.TreeError, match="`0` is not a tensor and differs"):
+            tree_stack([[one], [other]])
+
+
 def test_gradients_pass_through_stacks() -> None:
     leaves = [torch.tensor(float(i), requires_grad=True) for i in range(3)]
     back = tree_unstack(tree_stack([{"w": leaf} for leaf in leaves]))
@@ -207,6 +257,7 @@ def test_gradients_pass_through_stacks() -> None:
         (lambda: tree_stack([]), errors.TaskError, ["no trees"]),
         (lambda: tree_stack([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), errors.TreeError, ["`a`", "`b`"]),
         (lambda: tree_stack([{"a": torch.ones(1)}, [torch.ones(1)]]), errors.TreeError, ["structures"]),
+        (lambda: tree_stack([[torch.ones(1)], (torch.ones(1),)]), errors.TreeError, ["tree 1", "containers differ"]),
         (lambda: tree_stack([{"a": torch.ones(1)}, {"a": torch.ones(2)}]), errors.ShapeError, ["`a`", "(1,)", "(2,)"]),
         (lambda: tree_stack([{"a": torch.ones(1)}, {"a": 1.0}]), errors.StatelessifyError, ["`a`"]),
         (lambda: tree_stack([{"a": 1.0}, {"a": torch.ones(1)}]), errors.StatelessifyError, ["`a`"]),

@@ -169,7 +169,7 @@ def loss_options(params: Any) -> Any:
     leaves = tree_leaves(params)
     if not leaves:
         return {}
-    return {"dtype": leaves[0].real.dtype if leaves[0].is_complex() else leaves[0].dtype, "device": leaves[0].device}
+    return {"dtype": leaves[0].real.dtype, "device": leaves[0].device}
 
 
 def apart(params: Any) -> Any:

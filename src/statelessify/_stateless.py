@@ -90,7 +90,7 @@ def stateless(
 
 def _materialized(module: nn.Module, example_args: Any) -> nn.Module:
     """A copy whose lazy parts have their shapes; every other part is as it was, with the original's own tensors."""
-    if isinstance(example_args, Tensor) or not isinstance(example_args, Sequence):
+    if not isinstance(example_args, Sequence):  # a tensor is none
         raise LazyModuleError("`example_args` is not a tuple of the call's arguments; write `example_args=(x,)`")
     found = find_slots(module).tensors.values()
     if not any(is_uninitialized(tensor) for tensor in found):

@@ -199,8 +199,6 @@ def copied(leaf: Tensor, policy: str, device: torch.device | None = None, dtype:
         return leaf
     source = leaf.detach() if policy == "detach" else leaf
     new = source.to(where, what) if moves else source.clone()
-    if type(new) is torch.nn.Parameter:
-        new = new.as_subclass(Tensor)
     if policy == "detach" and leaf.requires_grad:
         new.requires_grad_()
     return new

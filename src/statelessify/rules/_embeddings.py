@@ -57,8 +57,9 @@ def _torch_embedding(
 
 @rule(
     F.embedding_bag,
-    why="it has no forward-mode derivative, and no double backward under transforms",
+    why="it has no forward-mode and no second derivative",
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/tools/autograd/derivatives.yaml",
+    when="gradients",
 )
 def _embedding_bag(
     input: Tensor,

@@ -25,7 +25,7 @@ def _reduced(losses: Tensor, reduction: str) -> Tensor:
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """The reduction that the two old flags, where given, stand for."""
     if size_average is None and reduce is None:
         return reduction
@@ -35,7 +35,12 @@ def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> s
 # Margin losses -----------------------------------------------------------------------------------------------------
 
 
-@rule(F.multi_margin_loss, why="it has no forward-mode derivative", upstream=_FORMULAS)
+@rule(
+    F.multi_margin_loss,
+    why="it has no forward-mode and no second derivative",
+    upstream=_FORMULAS,
+    when="gradients",
+)
 def _multi_margin(
     input: Tensor,
     target: Tensor,
@@ -59,10 +64,15 @@ def _multi_margin(
         terms = terms * weight[index]
     others = torch.arange(input.shape[-1], device=input.device) != index
     losses = torch.where(others, terms, 0.0).sum(-1) / input.shape[-1]
-    return _reduced(losses, _legacy(size_average, reduce, reduction))
+    return _reduced(losses, legacy_reduction(size_average, reduce, reduction))
 
 
-@rule(F.multilabel_margin_loss, why="it has no forward-mode derivative", upstream=_FORMULAS)
+@rule(
+    F.multilabel_margin_loss,
+    why="it has no forward-mode and no second derivative",
+    upstream=_FORMULAS,
+    when="gradients",
+)
 def _multilabel_margin(
     input: Tensor,
     target: Tensor,
@@ -81,7 +91,7 @@ def _multilabel_margin(
     terms = torch.relu(1 - input.gather(-1, index).unsqueeze(-1) + input.unsqueeze(-2))
     counted = listed.unsqueeze(-1) & ~is_label.unsqueeze(-2)
     losses = torch.where(counted, terms, 0.0).sum((-2, -1)) / classes
-    return _reduced(losses, _legacy(size_average, reduce, reduction))
+    return _reduced(losses, legacy_reduction(size_average, reduce, reduction))
 
 
 # Other losses ------------------------------------------------------------------------------------------------------
@@ -148,6 +158,7 @@ _NEVER = -1e30  # the log of a probability that cannot be: finite, so that no gr
     F.ctc_loss,
     why="it has no forward-mode and no second derivative, and cannot be mapped over lengths",
     upstream=_FORMULAS,
+    when="gradients",
 )
 def _ctc(
     log_probs: Tensor,

@@ -26,7 +26,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``, the norm over all dimensions but `dim`; over all of them if that is -1."""
     if transforming() or torch.compiler.is_compiling():
         return _composed(v, g, dim)
-    return twice_differentiable(lambda v, g: _fused(v, g, dim), lambda v, g: _composed(v, g, dim), v, g)
+
+    def fused(v: Tensor, g: Tensor) -> Tensor:
+        return _fused(v, g, dim)
+
+    def composed(v: Tensor, g: Tensor) -> Tensor:
+        return _composed(v, g, dim)
+
+    return twice_differentiable(fused, composed, v, g)
 
 
 def _composed(v: Tensor, g: Tensor, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_stack, tree_unstack
 from ...errors import HyperparameterError
 from ...optim import Optimizer, OptState
+from ...optim._hyperparameters import has, is_schedule
 from .._paste import paste
 from ._closed import closed_over, moved
 from ._complaint import Settings
@@ -244,7 +245,7 @@ class _Check:
     def counter(self, tested: PureSteps) -> None:
         """The number of steps is still right after many of them."""
         state = tested.optimizer.init(self.tree["params"])
-        if not isinstance(state, OptState):
+        if not isinstance(state, OptState) or has(state.hyperparameters, is_schedule):  # it would go all the way
             return
         step = cast("Any", state.step)
         if not isinstance(step, Tensor):

@@ -115,9 +115,9 @@ def optimizers(
 
     Example:
         >>> from hypothesis import find
-        >>> optimizer = find(optimizers(), lambda optimizer: True)  # sgd(lr=0.5)
-        >>> optimizer.init({}).hyperparameters["lr"]
-        0.5
+        >>> found = find(optimizers(hyperparameters="tensors"), lambda optimizer: True)
+        >>> found.init({}).hyperparameters["lr"].requires_grad
+        True
     """
     names = _options.chosen("rules", rules, NUMBERS)
     _options.one_of("hyperparameters", hyperparameters, ("numbers", "tensors", "dicts"))
@@ -149,7 +149,7 @@ def _calls(rule: str, kind: str | None, smooth: bool, names: tuple[str, ...]) ->
     make: Callable[..., optim.Optimizer] = getattr(optim, rule)
     spans = NUMBERS[rule]
     needed = {"lr", *(("eps",) if smooth and "eps" in spans else ())}
-    numbers = {name: _values(span, kind, names) for name, span in spans.items()}
+    numbers = {name: _values(span, kind, names, smooth) for name, span in spans.items()}
     switches = [each for each in (*SWITCHES.get(rule, ()), "maximize") if not (smooth and each == "amsgrad")]
     fixed: dict[str, Any] = {"dtype": st.sampled_from([None, torch.float32])} if rule == "muon" else {}
     options = {**numbers, **fixed, **dict.fromkeys(switches, st.booleans())}
@@ -179,11 +179,13 @@ def _just(given: Mapping[str, Any]) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def _legal(rule: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Mend what does not go together: Nesterov's momentum needs one, and no dampening."""
+    """Mend what does not go together: Nesterov's momentum needs one, and no dampening; a centered square a memory."""
     if rule == "sgd" and given.get("nesterov"):
         given = {name: value for name, value in given.items() if name != "dampening"}
         if _is_zero(given.get("momentum", 0)):
             given["momentum"] = 0.9
+    if rule == "rmsprop" and given.get("centered") and _is_zero(given.get("alpha", 0.99)):
+        given["alpha"] = 0.9  # without a memory its divisor is the root of a difference of equal numbers
     return given
 
 
@@ -191,13 +193,14 @@ def _is_zero(value: Any) -> bool:
     return any(leaf == 0 for leaf in tree_leaves(value))
 
 
-def _values(span: Span | tuple[Span, ...], kind: str | None, names: tuple[str, ...]) -> st.SearchStrategy[Any]:
+def _values(
+    span: Span | tuple[Span, ...], kind: str | None, names: tuple[str, ...], smooth: bool
+) -> st.SearchStrategy[Any]:
     if not isinstance(span, Span):
-        return st.tuples(*(_values(each, kind, names) for each in span))
-    numbers = st.floats(span.low, span.high)
-    if span.zero:
-        numbers = st.one_of(st.just(0.0), numbers)
-    learned = _learned(numbers)
+        return st.tuples(*(_values(each, kind, names, smooth) for each in span))
+    positive = st.floats(span.low, span.high)
+    numbers = st.one_of(st.just(0.0), positive) if span.zero else positive
+    learned = _learned(positive if smooth else numbers)  # differences at zero would take negative numbers as well
     by_name = st.fixed_dictionaries(dict.fromkeys(names, learned)) if names else st.nothing()
     return {"numbers": numbers, "tensors": learned, "dicts": by_name, None: st.one_of(numbers, learned, by_name)}[kind]
 
