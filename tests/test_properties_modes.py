@@ -126,7 +126,12 @@ def test_a_loop_goes_on_where_it_stopped(drawn: Any, before: int, after: int, mo
 @given(loops(smooth=True), st.integers(2, 3), st.data())
 def test_each_mode_is_what_it_says(drawn: Any, steps: int, data: st.DataObject) -> None:
     (loss, params, supports, queries, _), optimizer = drawn
-    modes = [Unroll(truncate=1), Unroll(truncate=steps, checkpoint_every=1), ForwardMode(max_directions=500), FirstOrder()]
+    modes = [
+        Unroll(truncate=1),
+        Unroll(truncate=steps, checkpoint_every=1),
+        ForwardMode(max_directions=500),
+        FirstOrder(),
+    ]
     mode = data.draw(st.sampled_from(modes))
     check_modes(loss, params, first(supports), first(queries), optimizer=optimizer, steps=steps, modes=[mode], tasks=2)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._memory import Measured, device_of, free_memory
-from ._random import random_state, set_random_state
+from ._random import drawn_since, random_state, set_random_state
 from ._transforms import depth, unwrapped
 from ._tree import tree_leaves
 from ._words import nearest
@@ -119,7 +119,7 @@ class Chunks:
             kept += seen.kept
             if need > self._budget:
                 self._warn(need, tasks)
-        if randomness == "different" and not all(map(torch.equal, before, random_state())):
+        if randomness == "different" and drawn_since(before):
             self._drawn.append((before, sizes))
         return results
 

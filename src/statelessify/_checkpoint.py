@@ -13,7 +13,7 @@ from torch import Tensor
 from ._attach import Function, Tensors, attach, detached, vjp
 from ._capture import Replaced
 from ._loop import Loop, State, Step
-from ._random import drawn_from, random_state
+from ._random import drawn_from, drawn_since, random_state
 from ._repeats import autocast_as, autocast_state, check_repeats, kept
 from ._split import Split, split
 from ._transforms import transforming
@@ -36,7 +36,7 @@ def checkpointed(loop: Loop, state: State, indices: Sequence[int], reach: Reach)
         batches.append(split(batch))
         before = random_state()
         losses.append(values.step(loop.step, batch))
-        states.append(None if _same(before, random_state()) else before)
+        states.append(before if drawn_since(before) else None)
     last = split(values.state)
     needs = values.needs or [True] * len(last.tensors)
     made = [t for t, needed in zip(last.tensors, needs, strict=True) if needed and values.handed_on(t) is None]
@@ -125,7 +125,3 @@ class _Block:
         start = [new[id(self.begin.tensors[place])] if same_tree else None for place in self.positions]
         check_repeats(self.results, results, [*start, *[None] * len(values)], "leave `checkpoint_every` out")
         return results
-
-
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
-    return all(map(torch.equal, before, after))

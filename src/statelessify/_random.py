@@ -18,6 +18,11 @@ def random_state() -> list[Tensor]:
     return states
 
 
+def drawn_since(state: list[Tensor]) -> bool:
+    """Whether random numbers were drawn since that state."""
+    return not all(map(torch.equal, state, random_state()))
+
+
 def set_random_state(states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:

@@ -14,7 +14,7 @@ from torch._C._functorch import current_level, is_batchedtensor, maybe_get_level
 
 from ._budget import Chunks, check_chunks
 from ._compile import compiled_call, plain, refuse_measuring
-from ._random import random_state, set_random_state
+from ._random import drawn_since, random_state, set_random_state
 from ._task_trees import Tasks, as_tasks, count_tasks, share_integers
 from ._transforms import unseen
 from ._tree import (
@@ -296,7 +296,7 @@ def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomnes
             set_random_state(state)
         with rules_here():
             out = fn(*tree_unflatten(args.spec, [column[index] for column in columns]))
-        if before is not None and not all(map(torch.equal, before, random_state())):
+        if before is not None and drawn_since(before):
             raise RandomnessError(
                 f'`{getattr(fn, "__name__", fn)}` draws random numbers, which `randomness="error"` forbids; write '
                 '"different" or "same"'

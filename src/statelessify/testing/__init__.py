@@ -46,19 +46,6 @@ _CHECKS = (
     "check_stateless",
     "unmutated",
 )
-_STRATEGIES = (
-    "inputs_for",
-    "losses",
-    "modules",
-    "optimizers",
-    "param_trees",
-    "problem",
-    "problems",
-    "seeded",
-    "shapes",
-    "tasks",
-    "tensors",
-)
 
 __all__ = [
     "assert_trees_close",
@@ -84,11 +71,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checks", "strategies") or name in _STRATEGIES:
-        home = _part("checks" if name == "checks" else "strategies")
-        return home if name in ("checks", "strategies") else getattr(home, name)
-    if name in _CHECKS:
-        return getattr(_part("checks"), name)
+    if name in ("checks", "strategies"):
+        return _part(name)
+    if name in __all__:
+        return getattr(_part("checks" if name in _CHECKS else "strategies"), name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 

@@ -12,6 +12,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from ..._capture import LOOKS, SET_REQUIRES_GRAD
+from ._probe import is_inexact
 
 __all__: list[str] = []
 
@@ -64,7 +65,7 @@ def closed_over(call: Callable[[], Any], known: Iterable[Any]) -> dict[str, Tens
     given = [leaf for leaf in known if isinstance(leaf, Tensor)]
     with _Reads(given) as reads:
         call()
-    found = [t for t in reads.found.values() if t.is_floating_point() or t.is_complex()]
+    found = [t for t in reads.found.values() if is_inexact(t)]
     found = [t for t in found if t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter)]
     memory = [t.untyped_storage().data_ptr() for t in (*given, *found)]
     alone = [t for t in found if memory.count(t.untyped_storage().data_ptr()) == 1]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..._forward_mode import ForwardMode
 from ..._implicit import Implicit
 from ..._loop import Gradient
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -15,6 +16,7 @@ from ..._unroll import FirstOrder, Unroll
 from ...errors import DtypeError, HyperparameterError
 from ...optim import Optimizer, OptState, from_torch
 from ._claims import needing_grad
+from ._probe import is_inexact
 
 __all__: list[str] = []
 
@@ -33,13 +35,20 @@ class Inner(NamedTuple):
         """The optimizer's first state, with the tree's hyperparameters."""
         return with_hyperparameters(self.optimizer.init(tree["params"]), tree)
 
+    def options(self, tree: Any, mode: Gradient) -> dict[str, Any]:
+        """What `adapt` and `adapt_tasks` are called with beside the loss, the parameters and the data."""
+        state = self.start(tree) if "hyperparameters" in tree else None
+        return {"optimizer": self.optimizer, "steps": self.steps, "gradient": mode, "opt_state": state}
+
+
+def is_exact(mode: Gradient) -> bool:
+    """Whether a mode promises the exact meta-gradient."""
+    return isinstance(mode, ForwardMode) or (isinstance(mode, Unroll) and mode.truncate is None)
+
 
 def hyperparameters_of(state: Any) -> dict[str, Any]:
     """Those of a state, if a tensor that has a derivative is among them."""
-    if isinstance(state, OptState) and any(
-        isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        for leaf in tree_leaves(state.hyperparameters)
-    ):
+    if isinstance(state, OptState) and any(map(is_inexact, tree_leaves(state.hyperparameters))):
         return state.hyperparameters
     return {}
 
@@ -101,10 +110,10 @@ class Promised:
     def __init__(self, inner: Inner, mode: Gradient, tree: Any) -> None:
         self.inner, self.mode = inner, mode
         self.steps = inner.steps
-        self.base = tree_map(_copied, tree["params"])
+        self.base = tree_map(copied, tree["params"])
         state = inner.start(tree)
         known = {id(leaf) for leaf in tree_leaves(state)}
-        params: Any = tree_map(_copied, tree["params"])
+        params: Any = tree_map(copied, tree["params"])
         self.points: list[tuple[Any, Any]] = []
         self.grads: list[Any] = []
         self.losses: list[Tensor] = []
@@ -113,10 +122,10 @@ class Promised:
             self.points.append((params, state))
             self.batch = batch_at(tree["support"], index, params)
             value, grads = slope(inner.loss, params, self.batch, False)
-            self.grads.append(tree_map(_copied, grads))
+            self.grads.append(tree_map(copied, grads))
             self.losses.append(value.detach())
             params, state = inner.optimizer.step(params, self.grads[-1], state)
-            params = tree_map(_copied, params)
+            params = tree_map(copied, params)
             # What is handed on as it is, such as a closed-over tensor, may be moved later.
             state = tree_map(_copied_unless(known), state)
         self.last = params
@@ -176,10 +185,10 @@ class Promised:
 
 
 def _copied_unless(known: set[int]) -> Callable[[Any], Any]:
-    def copied(leaf: Any) -> Any:
-        return leaf if id(leaf) in known else _copied(leaf)
+    def own(leaf: Any) -> Any:
+        return leaf if id(leaf) in known else copied(leaf)
 
-    return copied
+    return own
 
 
 def _moved(initial: Tensor, later: Tensor, start: Tensor) -> Tensor:
@@ -187,7 +196,8 @@ def _moved(initial: Tensor, later: Tensor, start: Tensor) -> Tensor:
     return initial + (later - start)
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
+    """A leaf with memory of its own, without its graph."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 

@@ -22,12 +22,12 @@ from ._inner import (
     Promised,
     TorchOptimizer,
     hyperparameters_of,
+    is_exact,
     plain_loop,
     pure,
     torch_loop,
-    with_hyperparameters,
 )
-from ._probe import is_inexact, own_leaves, plain
+from ._probe import own_leaves, plain, widened
 from ._real import RealFunction, check_repeatable
 from ._routes import Routes, anew, assert_near, check_func, near, silent
 from ._verify import verify
@@ -54,9 +54,7 @@ class MetaCheck:
         self.loss, self.steps, self.adapt, self.grads, self.order = loss, steps, adapt, grads, order
         self.optimizer, self.make = (None, None) if optimizer is None else pure(optimizer)
         self.mode: Gradient = Unroll() if gradient is None else gradient
-        self.exact = isinstance(self.mode, ForwardMode) or (
-            isinstance(self.mode, Unroll) and self.mode.truncate is None
-        )
+        self.exact = is_exact(self.mode)
         self._check_arguments(optimizer, gradient)
 
     def _check_arguments(self, optimizer: Any, gradient: Any) -> None:
@@ -90,15 +88,9 @@ class MetaCheck:
         if self.adapt is not None:
             found = self.adapt(tree["params"], tree["support"])
             return getattr(found, "params", found)
-        assert self.optimizer is not None
-        assert self.steps is not None
-        state = None
-        if "hyperparameters" in tree:
-            state = with_hyperparameters(self.optimizer.init(tree["params"]), tree)
-        options: Any = {"optimizer": self.optimizer, "steps": self.steps, "gradient": self.mode, "opt_state": state}
+        assert self.inner is not None
         loss = self.loss if self.exact else anew(self.loss)
-
-        return library_adapt(loss, tree["params"], tree["support"], **options).params
+        return library_adapt(loss, tree["params"], tree["support"], **self.inner.options(tree, self.mode)).params
 
     def value(self, tree: Any) -> Tensor:
         with silent(not self.exact):
@@ -138,13 +130,7 @@ class MetaCheck:
 
     def _widened(self, tree: Any) -> Any:
         """The tree in float64, if the code under test takes that."""
-
-        def wide(leaf: Any) -> Any:
-            if not is_inexact(leaf):
-                return leaf
-            return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64, copy=True)
-
-        found: Any = tree_map(wide, tree)
+        found: Any = tree_map(widened, tree)
         if self.grads is not None and self.adapt is None:
             return found
         try:

@@ -14,14 +14,13 @@ from ..._adapt_tasks import adapt_tasks
 from ..._forward_mode import ForwardMode
 from ..._implicit import Implicit
 from ..._loop import Gradient
-from ..._random import random_state
+from ..._random import drawn_since, random_state
 from ..._tree import (
     stack_leaves,
     tree_detach,
     tree_flatten,
     tree_leaves,
     tree_map,
-    tree_names,
     tree_stack,
     tree_unflatten,
 )
@@ -30,8 +29,8 @@ from ...errors import HyperparameterError
 from ...optim import Optimizer
 from .._close import assert_trees_close
 from ._closed import closed_over
-from ._inner import Inner, Promised, hyperparameters_of, plain_loop, with_hyperparameters
-from ._probe import is_inexact, own_leaves, plain, seeded
+from ._inner import Inner, Promised, hyperparameters_of, is_exact, plain_loop
+from ._probe import gradients, is_inexact, needing, own_leaves, plain, seeded
 from ._routes import anew, silent
 from ._say import call_of_loop, optimizer_code
 
@@ -103,7 +102,7 @@ def check_modes(
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         check = _Check(Inner(loss, optimizer, steps), tree, rtol, note)
         if check.draws:
-            chosen = [mode for mode in chosen if _is_exact(mode) or isinstance(mode, FirstOrder)]
+            chosen = [mode for mode in chosen if is_exact(mode) or isinstance(mode, FirstOrder)]
         check.against_plain_loops(chosen)
         check.without_graph(chosen)
         if tasks and not callable(support) and not check.draws:
@@ -119,10 +118,6 @@ def _all_modes(steps: int) -> Iterator[Gradient]:
     if steps > 2:
         yield Unroll(truncate=2, checkpoint_every=1)
     yield FirstOrder()
-
-
-def _is_exact(mode: Gradient) -> bool:
-    return isinstance(mode, ForwardMode) or (isinstance(mode, Unroll) and mode.truncate is None)
 
 
 def _kind(mode: Gradient) -> Any:
@@ -158,19 +153,16 @@ class _Check:
         with seeded(1):
             start = random_state()
             plain_loop(inner, own_leaves(tree))
-            self.draws = not all(map(torch.equal, start, random_state()))
+            self.draws = drawn_since(start)
         self.exact = self._results(lambda tree: plain_loop(inner, tree, True), True)
 
     def _judged(self, params: Any, tree: Any) -> Tensor:
         return self.inner.loss(params, tree.get("query", tree["support"]))
 
     def _adapted(self, tree: Any, mode: Gradient) -> tuple[Any, Any]:
-        inner = self.inner
-        state = with_hyperparameters(inner.optimizer.init(tree["params"]), tree) if "hyperparameters" in tree else None
-        options: Any = {"optimizer": inner.optimizer, "steps": inner.steps, "gradient": mode, "opt_state": state}
-        loss = inner.loss if _is_exact(mode) else anew(inner.loss)
-        with silent(not _is_exact(mode)):
-            found = adapt(loss, tree["params"], tree["support"], **options)
+        loss = self.inner.loss if is_exact(mode) else anew(self.inner.loss)
+        with silent(not is_exact(mode)):
+            found = adapt(loss, tree["params"], tree["support"], **self.inner.options(tree, mode))
         return found.params, found.losses
 
     def _results(self, run: Callable[[Any], tuple[Any, Any]], exact: bool, few: bool = False) -> _Results:
@@ -186,10 +178,8 @@ class _Check:
             value = self._judged(params, tree)
         if exact and len(losses):
             value = value + (losses * torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)).sum()
-        named = dict(zip(tree_names(tree), tree_leaves(tree), strict=True))
-        wanted = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.requires_grad}
-        wanted |= {f"closed.{name}": t for name, t in closed.items()}
-        return _Results(plain(params), losses.detach(), _gradient(value, wanted))
+        wanted = needing(tree) | {f"closed.{name}": t for name, t in closed.items()}
+        return _Results(plain(params), losses.detach(), gradients(value, wanted))
 
     def against_plain_loops(self, modes: Sequence[Gradient]) -> None:
         unrolled = self._results(lambda tree: self._adapted(tree, Unroll()), True)
@@ -201,11 +191,11 @@ class _Check:
             few = self._count() > most
             if few and ("hyperparameters" not in self.tree or self._count("hyperparameters") > most):
                 continue
-            found = self._results(lambda tree, mode=mode: self._adapted(tree, mode), _is_exact(mode), few)
+            found = self._results(lambda tree, mode=mode: self._adapted(tree, mode), is_exact(mode), few)
             if isinstance(mode, ForwardMode):
                 expected = unrolled._replace(gradient={name: unrolled.gradient[name] for name in found.gradient})
                 self._assert(found, expected, PLAIN, repr(mode), "Unroll()")
-            elif _is_exact(mode):
+            elif is_exact(mode):
                 self._assert(found, unrolled, SAME, repr(mode), "Unroll()")
             else:
                 with seeded(1):
@@ -259,20 +249,16 @@ class _Check:
 
     def _per_task(self, tree: Any, mode: Gradient, many: bool = False) -> _Results:
         tree = own_leaves(tree)
-        inner = self.inner
-        state = with_hyperparameters(inner.optimizer.init(tree["params"]), tree) if "hyperparameters" in tree else None
-        options: Any = {"optimizer": inner.optimizer, "steps": inner.steps, "gradient": mode, "opt_state": state}
         with silent(True):
             run = adapt_tasks if many else adapt
-            found = run(anew(inner.loss), tree["params"], tree["support"], **options)
+            options = self.inner.options(tree, mode)
+            found = run(anew(self.inner.loss), tree["params"], tree["support"], **options)
         leaves = [leaf for leaf in tree_leaves(found.params) if is_inexact(leaf)]
         parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
         value = torch.stack([(index + 1) * part.sin().sum() for index, part in enumerate(parts)]).sum()
-        named = dict(zip(tree_names(tree), tree_leaves(tree), strict=True))
-        wanted = {name: t for name, t in named.items() if isinstance(t, Tensor) and t.requires_grad}
-        wanted = {name: t for name, t in wanted.items() if not name.startswith("query")}
+        wanted = {name: t for name, t in needing(tree).items() if not name.startswith("query")}
         wanted |= {f"closed.{name}": t for name, t in self.closed.items()}
-        return _Results(plain(found.params), found.losses.detach(), _gradient(value, wanted))
+        return _Results(plain(found.params), found.losses.detach(), gradients(value, wanted))
 
     # Comparison ----------------------------------------------------------------------------------------------------
 
@@ -297,11 +283,3 @@ def _varied(index: int) -> Callable[[Any], Any]:
         return leaf.detach() * factors.reshape(leaf.shape).to(leaf.dtype)
 
     return other
-
-
-def _gradient(value: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not value.requires_grad or not wanted:
-        return {name: torch.zeros_like(t) for name, t in wanted.items()}
-    found: Any = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-    pairs = zip(wanted.items(), found, strict=True)
-    return {name: torch.zeros_like(t) if grad is None else grad.detach() for (name, t), grad in pairs}

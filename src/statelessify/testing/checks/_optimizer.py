@@ -16,7 +16,7 @@ from ._closed import closed_over, moved
 from ._complaint import Settings
 from ._grads import check_settings
 from ._inner import TorchOptimizer
-from ._probe import Unwritten, copies, is_inexact, own_leaves, plain
+from ._probe import Unwritten, copies, is_inexact, own_leaves, plain, widened
 from ._real import RealFunction
 from ._routes import Routes, assert_near, check_func
 from ._say import optimizer_code
@@ -81,7 +81,7 @@ def check_optimizer(
     call = f"check_optimizer({', '.join(shown)}, steps={steps}, seed={seed})"
     settings = Settings(rtol, atol, seed, entries, kinks, call, grads="autograd")
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        given = _some_params(seed) if params is None else tree_map(_wide, params)
+        given = _some_params(seed) if params is None else tree_map(widened, params)
         check = _Check(_steps_of("optimizer", optimizer, given), given, steps, settings)
         if reference is not None:
             check.against(_steps_of("reference", reference, given))
@@ -113,12 +113,6 @@ def _some_params(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def _wide(leaf: Any) -> Any:
-    if not is_inexact(leaf):
-        return leaf
-    return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64, copy=True)
-
-
 def _times(params: Any, factor: int) -> Any:
     def other(leaf: Any) -> Any:
         return leaf * factor
@@ -145,7 +139,7 @@ class _Check:
         given = tested.hyperparameters(params)
         # A rate of 0.1 is another number in float32 than the reference's.
         self.narrow = any(is_inexact(leaf) and leaf.dtype != torch.float64 for leaf in tree_leaves(given))
-        numbers = tree_map(_wide, given)
+        numbers = tree_map(widened, given)
         self.tree |= {"hyperparameters": numbers} if numbers else {}
         self.grads = gradients_like(params, count, settings.seed + 1)
         self.found = tested.run(own_leaves(self.tree), each_step(self.grads))

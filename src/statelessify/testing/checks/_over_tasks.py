@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
-from ..._random import random_state
+from ..._random import drawn_since, random_state
 from ..._tasks import check_choices, over_tasks
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_names, tree_unflatten
 from ...typing import Backend, InDims, Randomness
 from ._by_task import EXACT, Difference, Given, Tolerance, blank, difference, given_of, loop, picked, without_refused
-from ._probe import call_of, code_of, copies, gradients, number, plain, seeded
+from ._probe import call_of, code_of, copies, gradients, needing, number, plain, seeded
 
 __all__ = ["check_over_tasks"]
 
@@ -166,9 +165,8 @@ class Case(NamedTuple):
         if written is not None:
             self.fail(f"{who} wrote into its arguments", written.text)
         results, total = plain(out), number(out)
-        wanted = dict(zip(tree_names(own.tree), own.leaves, strict=True))
         try:
-            return Found(results, gradients(total, wanted))
+            return Found(results, gradients(total, needing(own.tree)))
         except (RuntimeError, NotImplementedError):
             return Found(results, None)
 
@@ -193,7 +191,7 @@ class Case(NamedTuple):
         def call(given: Given) -> Any:
             before = random_state()
             out = loop(self.fn, given)
-            moved.append(not all(map(torch.equal, before, random_state())))
+            moved.append(drawn_since(before))
             return out
 
         right = self.run("`fn`", call, self.given)

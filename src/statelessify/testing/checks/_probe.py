@@ -36,6 +36,13 @@ def is_inexact(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+def widened(leaf: Any) -> Any:
+    """A copy of a leaf in float64 or complex128; as it is what has no derivative."""
+    if not is_inexact(leaf):
+        return leaf
+    return leaf.detach().to(torch.complex128 if leaf.is_complex() else torch.float64, copy=True)
+
+
 def own_leaves(tree: Any, wanted: Sequence[bool] | None = None) -> Any:
     """The tree with tensors of its own, of which those require a gradient that are wanted: all that can."""
     leaves, spec = tree_flatten(tree)
@@ -113,11 +120,15 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def gradients(value: Tensor | None, tree: Any) -> dict[str, Tensor]:
-    """The gradient by every leaf that requires one, by name; zero where the value does not depend on it."""
+def needing(tree: Any) -> dict[str, Tensor]:
+    """Every leaf that requires a gradient, by name."""
     pairs = zip(tree_names(tree), tree_leaves(tree), strict=True)
-    wanted = {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor) and leaf.requires_grad}
-    if value is None or not wanted:
+    return {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor) and leaf.requires_grad}
+
+
+def gradients(value: Tensor | None, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient by each tensor; zero where the value does not depend on it."""
+    if value is None or not value.requires_grad or not wanted:
         return {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
     found: Any = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
     return {

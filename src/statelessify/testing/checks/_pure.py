@@ -23,7 +23,7 @@ from ...errors import StatelessifyError
 from ...typing import Buffers, Params
 from .._close import assert_trees_close
 from .._unmutated import Watch
-from ._probe import Unwritten, copies, gradients, is_inexact, number, own_leaves, plain, seeded
+from ._probe import Unwritten, copies, gradients, is_inexact, needing, number, own_leaves, plain, seeded
 from ._twins import copy_of, draws, grad_of, keeps_inputs, pickles, put, read, scaled
 
 __all__: list[str] = []
@@ -113,7 +113,7 @@ class Case(NamedTuple):
         result, after, total = plain(out), plain(new), number(out)
         trees = {"params": leaves, "inputs": [leaf for leaf in tree_leaves((args, kwargs)) if is_inexact(leaf)]}
         try:
-            flat = gradients(total, trees)
+            flat = gradients(total, needing(trees))
         except (RuntimeError, NotImplementedError) as error:
             if self.ordinary(params, buffers).gradient is not None:
                 self.fail(f"torch takes the gradient of the module, and not that of {name_of(apply)}: {error}", where)

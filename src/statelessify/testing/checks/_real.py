@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._tree import flatten_up_to, tree_flatten, tree_names, tree_unflatten
 from ...errors import DtypeError, TreeError
+from ._probe import is_inexact
 
 __all__: list[str] = []
 
@@ -30,7 +31,7 @@ class RealFunction:
         self.fn = fn
         self.what = what
         self.leaves, self.spec = tree_flatten(tree)
-        self.where = [i for i, leaf in enumerate(self.leaves) if _has_derivative(leaf)]
+        self.where = [i for i, leaf in enumerate(self.leaves) if is_inexact(leaf)]
         names = tree_names(tree)
         self.names = [names[i] for i in self.where]
         self.outputs: list[str] = []
@@ -59,7 +60,7 @@ class RealFunction:
         result = self.fn(tree)
         leaves, _ = tree_flatten(result)
         names = tree_names(result)
-        kept = [i for i, leaf in enumerate(leaves) if _has_derivative(leaf)]
+        kept = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
         if not kept:
             given = type(result).__name__ if not isinstance(result, Tensor) else f"a tensor of {result.dtype}"
             raise DtypeError(
@@ -100,10 +101,6 @@ class RealFunction:
         return list(index), ""
 
 
-def _has_derivative(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
@@ -119,7 +116,7 @@ def check_repeatable(function: RealFunction, point: list[Tensor]) -> list[Tensor
     except RuntimeError:
         with suppress(Exception), torch.no_grad():  # torch refuses in-place changes of leaves that need a gradient
             for leaf in held:
-                if _has_derivative(leaf):
+                if is_inexact(leaf):
                     leaf.requires_grad_(False)
             function.of(tree)
         _check_untouched(function.what, names, held, before)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ...optim import Optimizer, OptState
-from ._inner import TorchOptimizer, hyperparameters_of, with_hyperparameters
+from ._inner import TorchOptimizer, copied, hyperparameters_of, with_hyperparameters
 from ._probe import is_inexact
 
 __all__: list[str] = []
@@ -102,7 +102,7 @@ class TorchSteps:
             leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         optimizer, points = self.make(leaves), list[Any]()
         if state is not None:
-            optimizer.load_state_dict(copy.deepcopy(tree_map(_alone, state.state_dict())))
+            optimizer.load_state_dict(copy.deepcopy(tree_map(copied, state.state_dict())))
         for each in grads:
             for leaf, grad in zip(leaves, tree_leaves(each), strict=True):
                 leaf.grad = grad if self.differentiable else grad.detach().clone()
@@ -113,10 +113,6 @@ class TorchSteps:
     def kept(self, state: Any) -> list[Tensor]:
         slots = [value for own in state.state.values() for name, value in own.items() if name != "step"]
         return [value for value in slots if is_inexact(value)]
-
-
-def _alone(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def gradients_like(params: Any, count: int, seed: int) -> Any:

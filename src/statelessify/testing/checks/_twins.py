@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._random import random_state
+from ..._random import drawn_since, random_state
 from ..._skeleton import Slots, find_slots
 from ..._structure import copy_structure, is_uninitialized, named_parts
 from ..._tree import tree_leaves
@@ -104,7 +104,7 @@ def draws(module: nn.Module, args: Any, kwargs: Any) -> bool:
     with seeded(1), torch.no_grad():
         before = random_state()
         copy_of(module)(*copies(args), **copies(kwargs))
-        return not all(map(torch.equal, before, random_state()))
+        return drawn_since(before)
 
 
 def pickles(module: nn.Module, args: Any, kwargs: Any) -> bool:
