@@ -167,3 +167,13 @@ def positive(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 def times(matrix: Tensor) -> Callable[[Any], Any]:
     return lambda x: matrix @ x
+
+
+def small(params: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return ((torch.tanh(x @ params["w"]) * params["b"] - y) ** 2).mean()
+
+
+def small_problem() -> tuple[Any, Any, Any]:
+    params = {"w": torch.randn(2), "b": torch.randn(())}
+    return params, (torch.randn(3, 2), torch.randn(3)), (torch.randn(2, 2), torch.randn(2))

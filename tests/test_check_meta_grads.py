@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import mlp, regression, regression_batch
+from problems import mlp, regression, regression_batch, small, small_problem
 from torch import Tensor, nn
 
 from statelessify import FirstOrder, ForwardMode, Implicit, Unroll, optim, stateless
@@ -19,16 +19,6 @@ from statelessify.errors import HyperparameterError
 from statelessify.testing import check_meta_grads
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def small(params: Any, batch: Any) -> Tensor:
-    x, y = batch
-    return ((torch.tanh(x @ params["w"]) * params["b"] - y) ** 2).mean()
-
-
-def small_problem() -> tuple[Any, Any, Any]:
-    params = {"w": torch.randn(2), "b": torch.randn(())}
-    return params, (torch.randn(3, 2), torch.randn(3)), (torch.randn(2, 2), torch.randn(2))
 
 
 OPTIMIZERS: dict[str, Callable[[Tensor], Any]] = {
