@@ -166,9 +166,9 @@ TASKS = (
         file="optim/_arithmetic.py",
         old="        exponent = exponent.to(torch.float64)",
         new="        exponent = exponent.to(torch.float32)",
-        symptom="Inside transforms bias corrections of Adam are right to five digits only.",
-        public="over_tasks of a function that calls adapt with optim.adam",
-        check="adapt_many",
+        symptom="Inside transforms, and with learned betas, Adam's bias corrections are right to seven digits only.",
+        public="optim.adam with a tensor for betas, and over_tasks of a function that calls adapt",
+        check="optimizer",
     ),
     Planted(
         name="inner gradients are constants inside transforms",

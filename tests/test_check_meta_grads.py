@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from statelessify import FirstOrder, ForwardMode, Implicit, Unroll, optim, stateless
 from statelessify.compat import higher
 from statelessify.errors import HyperparameterError
-from statelessify.testing import check_meta_grads
+from statelessify.testing import check_meta_grads, problem, seeded
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -55,6 +55,17 @@ def test_classes_of_torch_and_float32() -> None:
     params, support = {"w": torch.randn(2, dtype=torch.float32)}, torch.randn(3, 2, dtype=torch.float32)
     loss = lambda p, x: ((torch.tanh(x @ p["w"]) - fixed) @ fixed) ** 2
     check_meta_grads(loss, params, support, optimizer=optim.sgd(lr=torch.tensor(0.1)), steps=2)
+
+
+def test_gradients_that_are_rounding_alone() -> None:
+    """Of a norm of one entry each, by what is normalized: autograd has 5e-17 where `torch.func.grad` has zero."""
+    net = nn.Sequential(nn.GroupNorm(1, 1, eps=0.5, affine=False), nn.Flatten(), nn.Linear(1, 2), nn.LogSoftmax(-1))
+    net = seeded(net, 245, takes=[(1, 1)], dtype=torch.float64, frozen=["2.bias"])
+    labels = torch.tensor([[0, 0]])
+    tasks = torch.zeros(1, 2, 1, 1), labels
+    loss, params, *_ = problem(net, nn.NLLLoss(), tasks, tasks)
+    support, query = (torch.zeros(2, 1, 1), labels[0]), (torch.tensor([[[0.0]], [[1.5]]]), labels[0])
+    check_meta_grads(loss, params, support, query, optimizer=optim.sgd(lr=0.5, weight_decay=0.25), steps=1, entries=1)
 
 
 def test_implicit() -> None:

@@ -113,6 +113,23 @@ def test_draws_that_do_not_matter() -> None:
     check_over_tasks(lambda p, x: (torch.rand(()), x * p)[1], torch.ones(2), torch.randn(3, 2))
 
 
+@pytest.mark.parametrize("randomness", ["different", "same"])
+@pytest.mark.parametrize("zeros", [[0, 1, 2], [0], [2]])
+def test_draws_that_do_not_matter_to_zeros(zeros: list[int], randomness: Any) -> None:
+    """All masks make zeros of zeros, and other gradients."""
+    x = torch.randn(3, 4)
+    x[zeros] = 0.0
+    check_over_tasks(noisy, torch.ones(4), x, randomness=randomness)
+
+
+def test_shared_draws_are_seen_where_one_task_is_zero() -> None:
+    x = torch.randn(3, 4)
+    x[0] = 0.0
+    shared = torch.vmap(noisy, (None, 0), randomness="same")
+    with pytest.raises(AssertionError, match="draw the same numbers"):
+        check_over_tasks(noisy, torch.ones(4), x, mapped=shared)
+
+
 # Found -------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from ..._random import drawn_since, random_state
@@ -86,10 +87,10 @@ def check_over_tasks(
     options |= {"kwargs": kwargs} if kwargs else {}
     options |= {"randomness": repr(randomness)} if randomness != "different" else {}
     case = Case(fn, given, randomness, Tolerance(rtol, atol), call_of("check_over_tasks", fn, args, **options))
-    right, draws = case.loop()
+    right, drawing = case.loop()
     for subject in _subjects(fn, mapped, in_dims, backends, chunk_sizes, randomness, given.tasks):
-        if draws:
-            case.check_draws(subject, right.results)
+        if drawing is not None:
+            case.check_draws(subject, right.results, drawing)
         else:
             case.check(subject, right)
 
@@ -184,8 +185,11 @@ class Case(NamedTuple):
 
         return self.run(subject.name, call, given, seed=seed)
 
-    def loop(self) -> tuple[Found, bool]:
-        """What the loop gives, and whether it depends on random numbers."""
+    def loop(self) -> tuple[Found, int | None]:
+        """What the loop gives, and a task whose results depend on random numbers; None: none do.
+
+        There are no gradients of which the loop's are right where they alone do: of zeros, all dropout makes zeros.
+        """
         moved: list[bool] = []
 
         def call(given: Given) -> Any:
@@ -195,16 +199,22 @@ class Case(NamedTuple):
             return out
 
         right = self.run("`fn`", call, self.given)
-        one = self.given.rearranged([0])
-        alone = self.run("`fn`", call, one).results
-        if difference(self.run("`fn`", call, one).results, alone, self.dims(alone), ("again", "first"), EXACT):
+        again = self.run("`fn`", call, self.given)
+        if difference(again.results, right.results, self.dims(right.results), ("again", "first"), EXACT):
             self.fail("`fn` gives other numbers when it is called again, with the same arguments and the same seed")
         if not moved[0]:
-            return right, False
+            return right, None
         if self.randomness == "error":
             self.fail('`fn` draws random numbers, which `randomness="error"` forbids')
-        others = (self.run("`fn`", call, one, seed=seed).results for seed in range(2, SEEDS))
-        return right, any(difference(each, alone, self.dims(alone), ("", ""), EXACT) for each in others)
+        gradients = right.gradients
+        for seed in range(2, SEEDS):
+            other = self.run("`fn`", call, self.given, seed=seed)
+            off = difference(other.results, right.results, self.dims(right.results), ("", ""), EXACT)
+            if off is not None:
+                return right, off.task or 0
+            if gradients is not None and not _same(other.gradients or {}, gradients):
+                right = right._replace(gradients=None)
+        return right, None
 
     # What has to hold ------------------------------------------------------------------------------------------------
 
@@ -242,8 +252,11 @@ class Case(NamedTuple):
                 what = f"{subject.name} differs from a loop over the tasks in gradients {kind}"
                 self.fail(what, off.text, self.ratio(ours, theirs) if shared else "")
 
-    def check_draws(self, subject: Subject, right: Any) -> None:
-        """What can be said of a function that draws random numbers: shapes, and which tasks draw the same ones."""
+    def check_draws(self, subject: Subject, right: Any, drawing: int) -> None:
+        """What can be said of a function that draws random numbers: shapes, and which tasks draw the same ones.
+
+        All are given the data of a task on which the numbers have an effect.
+        """
         found = self.subject(subject).results
         off = self.results_differ(tree_map(blank, found), tree_map(blank, right), subject)
         if off is not None:
@@ -253,7 +266,7 @@ class Case(NamedTuple):
         for seed in range(SEEDS):
             if not alike:
                 return
-            found = self.subject(subject, [0] * self.given.tasks, seed=seed).results
+            found = self.subject(subject, [drawing] * self.given.tasks, seed=seed).results
             same = {
                 (i, k) for i, k in alike if not self.results_differ(picked(found, [i]), picked(found, [k]), subject)
             }
@@ -303,3 +316,8 @@ class Case(NamedTuple):
     def fail(self, *lines: str) -> NoReturn:
         what, *rest = [line for line in lines if line]
         raise AssertionError("\n  ".join([what + (":" if rest else ""), *rest, self.note]))
+
+
+def _same(gradients: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether the gradients of one draw are those of another one."""
+    return all(torch.equal(grad.nan_to_num(), others[name].nan_to_num()) for name, grad in gradients.items())

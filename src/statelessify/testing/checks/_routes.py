@@ -76,19 +76,25 @@ def check_func(routes: Routes, tree: Any, required: bool, note: str) -> None:
             raise
         return
     expected = routes.autograd(tree)
+    value = routes.value({name: part for name, part in tree.items() if name != "closed"})
     try:  # all at once: the gradient of one part may be rounding alone, and the others say how large that may be
-        assert_near({name: found[name] for name in expected}, expected, ("`torch.func.grad`", "autograd"), note)
+        same = {name: found[name] for name in expected}
+        assert_near(same, expected, ("`torch.func.grad`", "autograd"), note, rounded=float(value.detach().abs()))
     except AssertionError as error:
         raise AssertionError(f"the derivative by `torch.func.grad` is wrong: {error}") from None
 
 
-def assert_near(found: Any, expected: Any, names: tuple[str, str], note: str = "", rtol: float = 1e-8) -> None:
-    """Equal up to rounding, relative to the size of the largest leaf."""
+def assert_near(
+    found: Any, expected: Any, names: tuple[str, str], note: str = "", rtol: float = 1e-8, rounded: float = 0.0
+) -> None:
+    """Equal up to rounding, relative to the size of the largest leaf, and to that of the number it is derived from."""
     leaves = [leaf for leaf in tree_leaves(expected) if is_inexact(leaf) and leaf.numel()]
     largest = max((float(leaf.detach().abs().max()) for leaf in leaves), default=0.0)
     if any(leaf.dtype not in (torch.float64, torch.complex128) for leaf in leaves):
         rtol = 1e-4
-    assert_trees_close(found, expected, rtol=rtol, atol=1e-2 * rtol * largest, names=names, note=note)
+    rounding = max((100 * torch.finfo(leaf.dtype).eps * rounded for leaf in leaves), default=0.0)
+    atol = max(1e-2 * rtol * largest, rounding)
+    assert_trees_close(found, expected, rtol=rtol, atol=atol, names=names, note=note)
 
 
 def near(found: Any, expected: Any) -> bool:
