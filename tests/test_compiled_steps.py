@@ -235,6 +235,41 @@ def test_inside_a_transform_the_plain_loss_runs() -> None:
     assert backend.count == 0
 
 
+class Attends(nn.Module):
+    """Calls the attention of torch by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.query(x), x, x)
+
+
+def _layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 1, 4, batch_first=True).eval()
+
+
+FUSED: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attends,
+    "encoder, evaluation": lambda: nn.TransformerEncoder(_layer(), 1, enable_nested_tensor=False).eval(),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of what dynamo runs before the rules are put in
+@pytest.mark.parametrize("name", FUSED)
+def test_kernels_without_a_second_derivative(name: str) -> None:
+    apply, params, buffers = stateless(FUSED[name]())
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        return F.mse_loss(apply(params, buffers, batch[0])[0], batch[1])
+
+    batches = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
+    ours, theirs = (tasks_once(fn, params, batches)[1] for fn in (quick(loss), loss))
+    assert_close(gradients(ours, params), gradients(theirs, params))
+
+
 # What is compiled, and how often ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,19 @@ from live import settings_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from statelessify import FirstOrder, ForwardMode, Implicit, Unroll, adapt, adapt_tasks, compare_modes, implicit, optim
+from statelessify import (
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Unroll,
+    adapt,
+    adapt_tasks,
+    compare_modes,
+    compiled,
+    implicit,
+    optim,
+    over_tasks,
+)
 from statelessify.testing import (
     assert_trees_close,
     check_grads,
@@ -288,3 +300,27 @@ def test_modes_are_compared(drawn: Any, steps: int) -> None:
         for mode in (Unroll(), FirstOrder())
     )
     assert abs(found["first"].relative_error - (cheap - exact).norm() / exact.norm()) < 1e-9
+
+
+# Compiled steps ------------------------------------------------------------------------------------------------------
+
+
+@some(20)
+@given(loops(), st.integers(1, 2), st.booleans())
+def test_compiled_steps_are_the_plain_ones(drawn: Any, steps: int, many: bool) -> None:
+    """Numbers and the exact meta-gradient, by a backend that runs what it is given."""
+    (loss, params, supports, queries, _), optimizer = drawn
+    torch.compiler.reset()
+
+    def found(loss: Any) -> Any:
+        torch.manual_seed(0)
+        if many:
+            adapted = adapt_tasks(loss, params, supports, optimizer=optimizer, steps=steps)
+            value = over_tasks(loss, in_dims=0)(adapted.params, queries).mean()
+        else:
+            adapted = adapt(loss, params, first(supports), optimizer=optimizer, steps=steps)
+            value = loss(adapted.params, first(queries))
+        slopes = torch.autograd.grad(value, list(params.values()), materialize_grads=True, allow_unused=True)
+        return adapted.params, adapted.opt_state.slots, adapted.losses, value, slopes
+
+    assert_trees_close(found(compiled(loss, backend="eager")), found(loss))

@@ -15,6 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import CompileError, DerivativeError, MutationError, RandomnessError, StatelessifyError
+from .rules._registry import rules
 
 __all__: list[str] = []
 
@@ -90,7 +91,9 @@ class Graphs:
         """The inputs, those that need a gradient as leaves of the graph, and the outputs."""
         leaves = [t.detach().requires_grad_() if need else t for t, need in zip(inputs, self.needs, strict=True)]
         versions = [leaf._version for leaf in leaves]
-        with torch.set_grad_enabled(self._mode):
+        # Some functions stand in the graph as they are: dynamo shows `torch._weight_norm` to no mode, and does not
+        # look into `multi_head_attention_forward`.
+        with torch.set_grad_enabled(self._mode), rules("transforms"):
             outputs = list(self._traced(*leaves))
         if versions != [leaf._version for leaf in leaves]:
             raise MutationError(

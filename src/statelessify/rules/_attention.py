@@ -52,7 +52,9 @@ def _attention(
 ) -> Tensor:
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    plain = _PLAIN.issuperset(map(type, inputs)) and not any(map(_IS_NESTED, inputs))
+    plain = torch.compiler.is_compiling() or (
+        _PLAIN.issuperset(map(type, inputs)) and not any(map(_IS_NESTED, inputs))  # which dynamo cannot follow
+    )
     if plain and (dropout_p > 0 or transforming()):  # a dropout mask could not be drawn again in backward
         return _composed(query, key, value, attn_mask, dropout_p, options)
     if not plain:
@@ -109,7 +111,7 @@ _TRANSFORMER = "https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules
     when="always",
 )
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # which leaves it as it is; `compiled` runs its graphs under the rules
         return F.multi_head_attention_forward(*args, **kwargs)
     with Rules(occasion_of_call()):
         return _multi_head(*args, **kwargs)
@@ -140,7 +142,7 @@ def _left_aligned(src: Tensor, mask: Tensor) -> bool:
 
 @rule(nn.TransformerEncoderLayer, why=_FAST_PATH, upstream=_TRANSFORMER, when="always")
 def _encoder_layer(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Tensor:
-    if not transforming():
+    if torch.compiler.is_compiling() or not transforming():
         return _layer_alone(self, *args, **kwargs)
     with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoderLayer.forward(self, *args, **kwargs)
@@ -159,7 +161,7 @@ def _encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Tensor:
-    if not transforming():
+    if torch.compiler.is_compiling() or not transforming():
         return _encoder_alone(self, src, mask, src_key_padding_mask, is_causal)
     with nullcontext() if self.training else rules_of_call():
         return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, bool(is_causal))
