@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -357,3 +358,29 @@ def test_hooks_that_forward_hangs_on_parameters_are_of_one_call(policy: Any) -> 
         (grad,) = torch.autograd.grad(apply(params, buffers, x)[0].sum(), params["weight"])
         assert_close(grad, 2 * x)
     assert not params["weight"]._backward_hooks
+
+
+class Keeping(nn.Module):
+    """Keeps something of each call, so that little is known of it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = len(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda norm: norm, nn.Sequential, Keeping], ids=["alone", "inside", "own code"])
+def test_strided_weights_of_batch_norms(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Columns of a matrix, as a hypernetwork makes them: torch's gradient by the input is wrong on CPUs."""
+    apply, params, buffers = stateless(wrap(nn.BatchNorm1d(3)).double())
+    table, x = torch.randn(3, 2, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    strided = {name: table[:, 0] if name.endswith("weight") else p for name, p in params.items()}
+    for _ in range(2):  # the first call clones what it is given
+        found, expected = (
+            torch.autograd.grad(apply(given, buffers, x)[0].sin().sum(), x)[0]
+            for given in (strided, {name: p.contiguous() for name, p in strided.items()})
+        )
+        assert torch.equal(found, expected)

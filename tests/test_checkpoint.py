@@ -285,3 +285,20 @@ def test_a_carry_requires_what_it_would_without_checkpoints(problem: Any, every:
         assert flags == expected
         assert_close(again, value, TOLERANCE)
         assert_close(grads(again, leaves), grads(value, leaves), TOLERANCE)
+
+
+def test_gradients_that_are_rounding_alone_need_not_repeat() -> None:
+    """With a graph weight norm rounds otherwise, and where a gradient is zero, Adam's averages are nothing else."""
+    torch.manual_seed(0)
+    net = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 1), dim=1)
+    apply, params, buffers = stateless(net)
+    x, y = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), torch.zeros(2, 1)
+
+    def value(mode: Any) -> Tensor:
+        loss = lambda p, x: F.mse_loss(apply(p, buffers, x)[0], y)
+        adapted = adapt(loss, params, x, optimizer=optim.adam(lr=0.5, eps=0.25), steps=2, gradient=mode)
+        return loss(adapted.params, x)
+
+    found, expected = (grads(value(mode), list(params.values())) for mode in (Unroll(checkpoint_every=1), Unroll()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)

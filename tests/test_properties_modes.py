@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from live import settings_of
+from live import rule_of, settings_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -43,6 +43,7 @@ pytestmark = [
 ]
 WIDE = torch.float64
 MODES = st.sampled_from([Unroll(), Unroll(checkpoint_every=1), Unroll(checkpoint_every=2), FirstOrder()])
+DIRECTIONS = 600
 CHUNKS = st.sampled_from([None, 1, 2])
 
 
@@ -65,6 +66,17 @@ def loops(**options: Any) -> st.SearchStrategy[tuple[Any, Any]]:
 def is_well_conditioned(optimizer: Any) -> bool:
     """A centered square is a small difference of large numbers, of which each order of sums has other digits."""
     return not settings_of(optimizer).get("centered")
+
+
+def is_small(drawn: Any) -> bool:
+    """Whether there are no more numbers than `ForwardMode` takes here."""
+    return sum(leaf.numel() for leaf in drawn[0].params.values()) <= DIRECTIONS
+
+
+def repeats(drawn: Any, mode: Any) -> bool:
+    """Whether recomputed steps repeat: rules that divide by a gradient's size do not, where that is rounding alone."""
+    checkpointed = isinstance(mode, Unroll) and mode.checkpoint_every is not None
+    return not checkpointed or rule_of(drawn[1]).name not in ("lion", "rprop", "adagrad", "adamax", "adafactor", "muon")
 
 
 def has_second_derivative(problem: Any) -> bool:
@@ -112,6 +124,7 @@ def test_the_inner_loop_is_a_plain_loop(drawn: Any, steps: int, mode: Any) -> No
 @given(loops(), st.integers(1, 2), st.integers(1, 2), MODES)
 def test_a_loop_goes_on_where_it_stopped(drawn: Any, before: int, after: int, mode: Any) -> None:
     """Numbers and the exact meta-gradient."""
+    assume(repeats(drawn, mode))
     (loss, params, supports, queries, _), optimizer = drawn
     batch, query, carried = first(supports), first(queries), with_buffers(loss)
     options: Any = {"optimizer": optimizer, "gradient": mode}
@@ -135,13 +148,13 @@ def test_a_loop_goes_on_where_it_stopped(drawn: Any, before: int, after: int, mo
 
 
 @some(5)
-@given(loops(smooth=True), st.integers(2, 3), st.data())
+@given(loops(smooth=True).filter(is_small), st.integers(2, 3), st.data())
 def test_each_mode_is_what_it_says(drawn: Any, steps: int, data: st.DataObject) -> None:
     (loss, params, supports, queries, _), optimizer = drawn
     modes = [
         Unroll(truncate=1),
         Unroll(truncate=steps, checkpoint_every=1),
-        ForwardMode(max_directions=500),
+        ForwardMode(max_directions=DIRECTIONS),
         FirstOrder(),
     ]
     mode = data.draw(st.sampled_from(modes))
@@ -149,11 +162,11 @@ def test_each_mode_is_what_it_says(drawn: Any, steps: int, data: st.DataObject) 
 
 
 @some(10)
-@given(loops(smooth=True), st.integers(1, 2), st.booleans())
+@given(loops(smooth=True).filter(is_small), st.integers(1, 2), st.booleans())
 def test_the_meta_gradient_by_differences(drawn: Any, steps: int, checkpointed: bool) -> None:
     (loss, params, supports, queries, _), optimizer = drawn
     options: Any = {"optimizer": optimizer, "steps": steps}
-    mode = Unroll(checkpoint_every=1) if checkpointed else ForwardMode(max_directions=500)
+    mode = Unroll(checkpoint_every=1) if checkpointed else ForwardMode(max_directions=DIRECTIONS)
     check_meta_grads(loss, params, first(supports), first(queries), gradient=mode, entries=1, **options)
 
 
@@ -282,7 +295,7 @@ def test_a_settled_loop_is_differentiated_implicitly(system: Any, solve: Any, le
 
 
 @some(10)
-@given(loops(smooth=True), st.integers(1, 2))
+@given(loops(smooth=True).filter(is_small), st.integers(1, 2))
 def test_modes_are_compared(drawn: Any, steps: int) -> None:
     (loss, params, supports, queries, _), optimizer = drawn
 
@@ -290,7 +303,11 @@ def test_modes_are_compared(drawn: Any, steps: int) -> None:
         adapted = adapt(loss, params, first(supports), optimizer=optimizer, steps=steps, gradient=gradient)
         return loss(adapted.params, first(queries)) + torch.stack([p.sum() for p in adapted.params.values()]).sum()
 
-    modes = {"again": Unroll(checkpoint_every=1), "carried": ForwardMode(max_directions=500), "first": FirstOrder()}
+    modes = {
+        "again": Unroll(checkpoint_every=1),
+        "carried": ForwardMode(max_directions=DIRECTIONS),
+        "first": FirstOrder(),
+    }
     found = compare_modes(meta_loss, params, modes, rounds=1)
     assert list(found) == ["Unroll()", *modes]
     assert [row.error for row in found.values()] == [None] * 4

@@ -300,3 +300,20 @@ def test_results_that_are_no_tensors_must_agree(options: Any) -> None:
         over_tasks(lambda w, x: {"n": next(counter), "x": x}, **options)(1, X)
     with pytest.raises(TreeError, match="structure"):
         over_tasks(lambda w, x: {"n" * (next(counter) % 2 + 1): x}, **options)(1, X)
+
+
+def test_a_strided_weight_of_a_batch_norm_in_the_loop() -> None:
+    """Whose gradient by the input torch gets wrong on CPUs; the columns of a matrix are such weights."""
+    x, weights = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, dtype=torch.float64)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, training=True).sin().sum()
+
+    def by_hand(x: Tensor, weight: Tensor) -> Tensor:
+        return ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() * weight).sin().sum()
+
+    found, expected = (
+        torch.autograd.grad(over_tasks(fn, in_dims=(None, 1), backend="loop")(x, weights).sum(), x)[0]
+        for fn in (norm, by_hand)
+    )
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)

@@ -49,7 +49,7 @@ class Apply:
 
     def __init__(self, template: nn.Module, slots: Slots) -> None:
         self._name = type(template).__name__
-        self._layout = Layout(self._name, slots)
+        self._layout = Layout(template, slots)
         self._skeletons = Skeletons(template, self._layout.slots)
         self._parametrized = any(parametrize.is_parametrized(part) for _, part in named_parts(template))
         self._probed = False
@@ -95,6 +95,8 @@ class Apply:
         """A call of a module of which is known that it writes into tensors at most, and keeps nothing."""
         inside, reads, layout = in_transform(), skeleton.conduct == "only reads", self._layout
         installed = self._with_own_buffers(tensors, (args, kwargs)) if layout.registered else tensors
+        if layout.packed:
+            installed = layout.with_packed(installed)
         before = versions_of(installed, inside) if reads else None
         mode = self._mode(inside, known=True)
         try:
@@ -239,6 +241,8 @@ class Apply:
             one = per_task_one([*given.values(), *_tensors(inputs)])
         installed: dict[str, Tensor] = {}
         for name, tensor in given.items():
+            if name in self._layout.packed:
+                tensor = tensor.contiguous()
             if name in self._layout.own_buffers:
                 installed[name] = _own(tensor, one)
             elif not self._probed:

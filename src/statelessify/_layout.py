@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._expected import Expected
 from ._skeleton import Slot, Slots
+from ._structure import named_parts
 from ._vacant import storage_of
 
 __all__: list[str] = []
@@ -28,15 +29,17 @@ class Layout:
         attributes: what hangs on the module's own tensors.
         overlapping: the names whose storage another name's tensor shares.
         registered: the position and the name of each registered buffer.
+        packed: the weights of torch's batch norms, by name their positions. On CPUs their backward pass takes a strided
+            one, such as a column of a matrix, for a contiguous one: wrong gradients, and no error (torch 2.13).
     """
 
-    def __init__(self, module: str, slots: Slots) -> None:
-        self.module = module
+    def __init__(self, template: nn.Module, slots: Slots) -> None:
+        self.module = type(template).__name__
         self.params, self.buffers, self.empty = slots.params, slots.buffers, slots.empty
         self.places = {**slots.params, **slots.buffers, **{name: (slot,) for name, slot in slots.empty.items()}}
         # The shapes as they were: parameters may be moved and cast later, never reshaped.
         shapes = {name: slots.tensors[name].shape for name in (*slots.params, *slots.buffers)}
-        self.expected = Expected(module, shapes, slots.empty)
+        self.expected = Expected(self.module, shapes, slots.empty)
         self.attributes = {name: vars(t).copy() for name, t in slots.tensors.items() if vars(t)}
         storages = [storage_of(tensor) for tensor in slots.tensors.values()]
         self.overlapping = {
@@ -48,6 +51,13 @@ class Layout:
             if any(place.registered_buffer for place in found)
         ]
         self.own_buffers = {name for _, name in self.registered}
+        norms = [path for path, part in named_parts(template) if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        weights = {f"{path}.weight" if path else "weight" for path in norms}
+        self.packed = {
+            name: index
+            for index, (name, found) in enumerate(self.places.items())
+            if any(place.path in weights for place in found)
+        }
         self.slots: tuple[Slot, ...] = tuple(place for found in self.places.values() for place in found)
         self._by_slot = [index for index, found in enumerate(self.places.values()) for _ in found]
         self.tied = len(self.slots) > len(self.places)
@@ -55,6 +65,14 @@ class Layout:
     def by_slot(self, tensors: Tensors) -> Tensors:
         """The tensors by slot, of which a tied weight has several."""
         return [*map(tensors.__getitem__, self._by_slot)] if self.tied else tensors
+
+    def with_packed(self, tensors: Tensors) -> Tensors:
+        """The tensors, contiguous where they have to be."""
+        for index in self.packed.values():
+            tensor = tensors[index]
+            if tensor is not None and not tensor.is_contiguous():
+                tensors = [*tensors[:index], tensor.contiguous(), *tensors[index + 1 :]]
+        return tensors
 
     def in_order(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Tensors by name in the order of the names, None where there is none."""

@@ -281,7 +281,9 @@ def _per_task_result(leaf: Any) -> bool:
 
 
 def _entries(leaf: Tensor, count: int) -> Sequence[Tensor]:
-    return leaf.unbind(0) if count > 1 else (leaf.squeeze(0),)  # whose backward is a view
+    entries = leaf.unbind(0) if count > 1 else (leaf.squeeze(0),)  # whose backward is a view
+    # The backward pass of torch's `batch_norm` on CPUs reads a weight as if it were contiguous.
+    return entries if entries[0].is_contiguous() else [entry.contiguous() for entry in entries]
 
 
 def _loop(fn: Callable[..., Any], args: Tasks, count: int, randomness: Randomness) -> Tasks:

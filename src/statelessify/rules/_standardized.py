@@ -152,7 +152,8 @@ def _pulled(
         along = along - b * r * r * (r.numel() / y.numel())
     shift = -slope * a.mean(dims, keepdim=True)
     dx = a * slope
-    dx = dx + shift + y * along if torch.is_grad_enabled() else dx.add_(shift).addcmul_(y, along)
+    # Both round alike: a step that is computed again with a graph has to repeat one without.
+    dx = torch.addcmul(dx + shift, y, along) if torch.is_grad_enabled() else dx.add_(shift).addcmul_(y, along)
     return dx, dweight, dbias
 
 

@@ -64,9 +64,10 @@ class Given(NamedTuple):
         return self._replace(leaves=own_leaves(self.leaves, self.wanted))
 
     def task(self, index: int) -> dict[str, Any]:
-        """The arguments of one task, as views."""
+        """The arguments of one task, contiguous: torch's `batch_norm` on CPUs takes a strided weight for such a one."""
         pairs = zip(self.leaves, self.dims, strict=True)
-        return tree_unflatten(self.spec, [leaf if dim is None else leaf.select(dim, index) for leaf, dim in pairs])
+        entries = [leaf if dim is None else leaf.select(dim, index).contiguous() for leaf, dim in pairs]
+        return tree_unflatten(self.spec, entries)
 
     def rearranged(self, sources: Sequence[int]) -> Given:
         """Arguments whose task i is task ``sources[i]`` of these."""

@@ -26,6 +26,9 @@ NEARLY = 100.0
 MARGIN = 10.0
 """A residual counts only if it is so many times the error of the differences."""
 
+TINY = 1e-100
+"""What is smaller counts as zero: its products with steps and tolerances may be."""
+
 NOISE_STEPS = (0.8 * 2**-12, 0.8 * 2**-16, 0.8 * 2**-20, 0.8 * 2**-24, 0.8 * 2**-32)
 """How far around the point values are taken to see their noise."""
 
@@ -41,7 +44,13 @@ def length(x: Tensor) -> Tensor:
 def size(x: Tensor) -> float:
     """The typical entry; 1 where all are zero."""
     typical = float(length(x.to(torch.float64))) / x.numel() ** 0.5
-    return typical if typical > 0 else 1.0
+    return typical if typical > TINY else 1.0
+
+
+def sizes(x: Tensor, of_zero: float) -> Tensor:
+    """That of each entry."""
+    wide = x.to(torch.float64).abs()
+    return torch.where(wide > TINY, wide, of_zero)
 
 
 class Estimate(NamedTuple):

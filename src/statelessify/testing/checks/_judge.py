@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._claims import Claims, Problem
-from ._differences import MARGIN, Estimate, Line, estimate, has_kink, size
+from ._differences import MARGIN, Estimate, Line, estimate, has_kink, size, sizes
 
 __all__: list[str] = []
 
@@ -68,5 +68,5 @@ def kinked(problem: Problem, claims: Claims, line: Line, verdict: Verdict) -> bo
 def unit(x: Tensor, position: int) -> Tensor:
     """The direction of one entry, as long as that is."""
     direction = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)
-    direction[position] = float(x.reshape(-1)[position].abs()) or min(size(x), 1.0)
+    direction[position] = sizes(x, min(size(x), 1.0)).reshape(-1)[position]
     return direction.reshape(x.shape)

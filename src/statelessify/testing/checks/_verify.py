@@ -13,7 +13,7 @@ from ...errors import DtypeError, LossError
 from .._close import assert_trees_close
 from ._claims import FLOOR, RTOL, Claims, Problem, claims, gradient_of, needing_grad, of_user, spread, without_graph
 from ._complaint import Settings, complaint
-from ._differences import Line, size
+from ._differences import Line, size, sizes
 from ._judge import judge, kinked, unit
 from ._real import RealFunction, check_repeatable
 
@@ -104,9 +104,8 @@ def _directions(x: Tensor, entries: int, generator: torch.Generator) -> Iterator
         return
     count = x.numel()
     if count > entries:
-        wide = x.to(torch.float64)
         yield spread(x, generator) * size(x)
-        yield spread(x, generator) * torch.where(wide == 0, size(x), wide.abs())
+        yield spread(x, generator) * sizes(x, size(x))
         chosen = cast("list[int]", torch.randperm(count, generator=generator)[:entries].tolist())
     else:
         chosen = range(count)
