@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 from optim_naive import SPECS
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from statelessify import Implicit, Unroll, adapt, adapt_tasks, implicit, optim
 from statelessify import stateless as make_stateless
+from statelessify.errors import ConvergenceError
 from statelessify.testing.checks import (
     assert_trees_close,
     check_grads,
@@ -321,10 +322,14 @@ def meta_grads(problem: Any, data: st.DataObject) -> None:
     check_meta_grads(loss, params, *task, adapt=clipped, order=order, entries=1, kinks="skip")
 
 
-@property_over({name: problems(dtype=torch.float64, smooth=True, max_tasks=1) for name in ("any", "more")})
-def modes(problem: Any, data: st.DataObject) -> None:
-    loss, params, supports, queries, _ = problem
-    steps, settled = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+_LOSSES = ("its own", "closing", "drawing", "settled")
+_ONE_TASK = problems(dtype=torch.float64, smooth=True, max_tasks=1)
+
+
+@property_over({kind: st.tuples(st.just(kind), _ONE_TASK) for kind in _LOSSES})
+def modes(drawn: Any, data: st.DataObject) -> None:
+    kind, (loss, params, supports, queries, _) = drawn
+    steps, settled = data.draw(st.integers(1, 3)), kind == "settled"
     learned = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     anchor = {name: (value + 0.1).requires_grad_() for name, value in params.items()}
 
@@ -335,27 +340,23 @@ def modes(problem: Any, data: st.DataObject) -> None:
     def drawing(params: Any, batch: Any) -> Tensor:
         return closing(params, batch) * (0.5 + torch.rand((), dtype=torch.float64))
 
-    chosen = data.draw(st.sampled_from([loss, closing, drawing]))
+    chosen = {"its own": loss, "drawing": drawing}.get(kind, closing)
     support, query = _of_task(supports, 0), _of_task(queries, 0)
 
     def fresh(step: int, params: Any) -> Any:
         return (query, support)[step % 2]
 
     if settled:
-        optimizer: Any = optim.sgd(lr=0.1)
+        optimizer: Any = optim.sgd(lr=0.001)  # stays where the curvature is that of the proximal term, more or less
         kinds: Any = [Implicit(solve=implicit.dense)]
     else:
         optimizer, kinds = data.draw(optimizers(smooth=True, params=params)), None
-    check_modes(
-        closing if settled else chosen,
-        params,
-        data.draw(st.sampled_from([support, support, fresh])),
-        query,
-        optimizer=optimizer,
-        steps=steps,
-        modes=kinds,
-        tasks=2,
-    )
+    batch = data.draw(st.sampled_from([support, support, fresh]))
+    options: Any = {"optimizer": optimizer, "steps": steps, "modes": kinds, "tasks": 2}
+    try:
+        check_modes(chosen, params, batch, query, **options)
+    except ConvergenceError:  # there is no strict minimum near
+        reject()
 
 
 # Optimizers ----------------------------------------------------------------------------------------------------------

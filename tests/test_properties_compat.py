@@ -187,9 +187,11 @@ def test_real_higher_agrees(drawn: Any) -> None:
     (_, ours, value, module), (_, theirs, expected, own) = (
         outcome(library, drawn, copy_initial_weights=False) for library in (higher, real)
     )
-    assume(all(leaf.isfinite().all() for leaf in theirs))  # rounding below a root: a centered square of its own
+    right = slopes(expected, trained(own))
+    # A centered square is zero or less where a gradient is, and higher takes its root, and that root's slope.
+    assume(all(leaf is None or leaf.isfinite().all() for leaf in (*theirs, *right)))
     assert_trees_close((ours, value), (theirs, expected))
-    assert_trees_close(slopes(value, trained(module)), slopes(expected, trained(own)))
+    assert_trees_close(slopes(value, trained(module)), right)
 
 
 @some(2)
