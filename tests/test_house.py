@@ -58,8 +58,9 @@ LEVELS = {
         [
             "errors typing _words _traced_tree",
             "_tree _partition _structure _vacant _transforms _graph _expected _likeness _loop _random _memory",
-            "rules _task_trees _pristine _reads _budget _attach _capture _split _compiled_graphs _repeats",
-            "_known _lost _compiled_calls _vmapped",
+            "rules _task_trees _pristine _reads _budget _attach _capture _split _repeats",
+            "_known _lost _compiled_graphs _vmapped",
+            "_compiled_calls",
             "_compile",
             "_skeleton _tasks optim implicit",
             "_layout",
