@@ -431,6 +431,7 @@ def optimizer(rule: str, data: st.DataObject) -> None:
     if data.draw(st.booleans()) and "amsgrad" in made.switches:
         drawn = rebuilt(drawn, amsgrad=True)
     # Kinks are skipped below: RAdam changes its formula at a step that depends on its betas, ASGD's average at `t0`.
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/optim/radam.py and asgd.py beside it have these branches.
     table = data.draw(st.sampled_from([None, [0.1, 0.3, 0.05, 0.2, 0.1, 0.4, 0.2]]))
     steps = data.draw(st.sampled_from([2, 6, 3]))
     if table is not None:
